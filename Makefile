@@ -1,0 +1,51 @@
+# Two commands a newcomer needs: `make quickstart` and `make test`. Both set up everything themselves.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+ARGS   ?=
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+TORCH  := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
+
+.PHONY: quickstart test test-slow lint bench clean help
+
+help:               ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
+
+quickstart: $(VENV)/.quickstart   ## raw text -> tokenizer -> pretraining -> SFT -> report -> chat page
+	@$(BIN)/hanlin quickstart $(ARGS)
+
+test: $(VENV)/.dev lint           ## lint, types, import floors, then the test suite
+	@$(BIN)/python -m pytest -m "not slow" -n 2 $(ARGS)
+
+test-slow: $(VENV)/.dev           ## the long tests
+	@$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(VENV)/.dev                ## ruff, types on src, import floors
+	@$(BIN)/ruff check -q .
+	@$(BIN)/ruff format -q --check .
+	@$(BIN)/ty check -q src
+	@$(BIN)/lint-imports --no-logo 2>&1 | tail -n 3 && $(BIN)/lint-imports --no-logo >/dev/null
+
+bench: $(VENV)/.dev               ## every benchmark, side by side with its peer; Markdown on stdout, JSON in benchmarks/results
+	@for b in benchmarks/bench_*.py; do $(BIN)/python $$b $(ARGS) || exit 1; done
+
+clean:              ## remove the environment and caches (runs/ stays)
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+
+# The stamps make a second call start at once; they are redone when the dependencies change.
+$(VENV)/.torch: constraints.txt
+	@echo "Setting up $(VENV): PyTorch first (a range would pull gigabytes of CUDA packages) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install -q -U pip
+	@$(PIP) install -q "$(TORCH)"
+	@touch $@
+
+$(VENV)/.quickstart: $(VENV)/.torch pyproject.toml
+	@echo "Installing Hanlin with the server and the pages ..."
+	@$(PIP) install -q -c constraints.txt -e '.[studio]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	@echo "Installing Hanlin with everything its tests need ..."
+	@$(PIP) install -q -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/.quickstart

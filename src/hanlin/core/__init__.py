@@ -1,0 +1,1 @@
+"""Recipes, run folders, progress, errors: how every command is configured and where it writes."""

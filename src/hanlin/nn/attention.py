@@ -1,0 +1,109 @@
+"""Multi-head attention with grouped queries (GQA, arXiv:2305.13245), rotary positions and an optional QK norm.
+
+    softmax(q k^T / sqrt(D) + mask) v        per head; `heads / kv_heads` query heads share one key and value head
+
+With a cache the keys and values of this step are handed to it and *it* attends (`Cache.attend`), so that a contiguous,
+a paged or a tiered cache can each read its own layout. Without a cache it is one call of SDPA.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hanlin.nn.linear import Linear, PackedLinear
+from hanlin.nn.masks import Lowered
+from hanlin.nn.norms import RMSNorm
+from hanlin.nn.rope import rotate
+
+
+class Cache(Protocol):
+    """The keys and values of what was already read, for one forward pass over some rows.
+
+    An implementation is a *step*: it knows which sequence each row of the batch continues and where the new tokens go.
+    """
+
+    @property
+    def positions(self) -> Tensor:
+        """(rows, T): the position in its sequence of each new token of this step."""
+        ...
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None) -> Tensor:
+        """Write k, v (rows, T, kv_heads, D) at `positions`, then let q (rows, T, heads, D) attend causally to all that
+        its sequence holds (the last `window` of it). Returns (rows, T, heads, D)."""
+        ...
+
+
+class Attention(PackedLinear):
+    """Self-attention of one layer. The named projections keep the Hugging Face names and share one buffer."""
+
+    packed = ("q_proj", "k_proj", "v_proj")
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        qkv_bias: bool = False,
+        output_bias: bool = False,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-6,
+        window: int | None = None,
+        layer: int = 0,
+    ) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.window, self.layer, self.scale = window, layer, head_dim**-0.5
+        self.q_proj = Linear(width, heads * head_dim, bias=qkv_bias)
+        self.k_proj = Linear(width, kv_heads * head_dim, bias=qkv_bias)
+        self.v_proj = Linear(width, kv_heads * head_dim, bias=qkv_bias)
+        self.o_proj = Linear(heads * head_dim, width, bias=output_bias)
+        self.q_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
+        self.k_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
+        self.pack()
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Lowered | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        """x (rows, T, width) -> (rows, T, width). Exactly one of `mask` and `cache` is given."""
+        rows, length, _ = x.shape
+        H, K, D = self.heads, self.kv_heads, self.head_dim
+        qkv = self.project(x).view(rows, length, H + 2 * K, D)
+        if self.q_norm is None or self.k_norm is None:
+            qk, v = qkv.split([H + K, K], dim=2)
+            q, k = rotate(qk, *rope).split([H, K], dim=2)  # (rows, T, heads, D)
+        else:
+            q, k, v = qkv.split([H, K, K], dim=2)
+            q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
+        if cache is not None:
+            out = cache.attend(self.layer, q, k, v, scale=self.scale, window=self.window)
+        else:
+            assert mask is not None
+            out = F.scaled_dot_product_attention(
+                q.transpose(1, 2),  # (rows, heads, T, D)
+                k.transpose(1, 2),
+                v.transpose(1, 2),
+                attn_mask=mask.bias,
+                is_causal=mask.is_causal,
+                scale=self.scale,
+                enable_gqa=H != K,
+            ).transpose(1, 2)
+        return self.o_proj(out.reshape(rows, length, H * D))
+
+
+def attend_dense(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """The plain form, for few queries over many keys (SDPA's tiles are slow for one query).
+
+    q (rows, T, heads, D), k and v (rows, kv_heads, L, D), bias broadcastable to (rows, 1, T, L) -> (rows, T, heads, D).
+    """
+    rows, length, heads, D = q.shape
+    K = k.shape[1]
+    grouped = q.view(rows, length, K, heads // K, D).permute(0, 2, 3, 1, 4).reshape(rows, K, -1, D)  # (rows, K, G*T, D)
+    scores = torch.matmul(grouped, k.transpose(-1, -2)).float().mul_(scale)  # (rows, K, G*T, L)
+    if bias is not None:
+        scores = (scores.view(rows, -1, length, scores.shape[-1]) + bias).view_as(scores)
+    out = torch.matmul(scores.softmax(-1).to(v.dtype), v)
+    return out.view(rows, K, heads // K, length, D).permute(0, 3, 1, 2, 4).reshape(rows, length, heads, D)

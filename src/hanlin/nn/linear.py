@@ -1,0 +1,102 @@
+"""Linear layers that compute in the dtype of their input, and projections that share one buffer.
+
+Master weights stay in their own dtype (fp32 in training); `Linear` casts them to the activation's dtype on use, so
+mixed precision is one visible line and not an autocast context.
+
+`pack` lays the weights of several projections of the same input (q, k, v; gate, up) end to end in one buffer, of which
+the named parameters are views: one matrix product instead of three, while the checkpoint keeps the Hugging Face names.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Linear):
+    """`x W^T + b` with W and b cast to the dtype of x."""
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class PackedLinear(nn.Module):
+    """Several `Linear`s over the same input, computed as one product.
+
+    A subclass (attention, feed-forward) owns the named `Linear`s as children and calls
+    `project(x, self.q_proj, self.k_proj, self.v_proj)`. Moving or casting the module packs anew.
+    """
+
+    packed: tuple[str, ...] = ()  # names of the children that share the buffer, in order
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._buffer_of: dict[str, Tensor] = {}
+
+    def pack(self) -> None:
+        """Lay the children's weights (and biases) end to end; the parameters become views of the buffer."""
+        self._buffer_of = {}
+        layers = [self.get_submodule(name) for name in self.packed]
+        for kind in ("weight", "bias"):
+            parameters = [getattr(layer, kind) for layer in layers]
+            if any(p is None for p in parameters):
+                continue
+            buffer = torch.cat([p.data for p in parameters])
+            for parameter, part in zip(parameters, buffer.split([len(p) for p in parameters]), strict=True):
+                parameter.data = part
+            self._buffer_of[kind] = buffer
+
+    def project(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., sum of the children's outputs), one matrix product."""
+        layers = [self.get_submodule(name) for name in self.packed]
+        weight = self._joined("weight", [layer.weight for layer in layers])
+        bias = None if layers[0].bias is None else self._joined("bias", [layer.bias for layer in layers])
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    def _joined(self, kind: str, parameters: Sequence[Tensor]) -> Tensor:
+        buffer = self._buffer_of.get(kind)
+        if buffer is None or not _are_views(buffer, parameters):  # e.g. sharded or assigned from outside
+            return torch.cat(list(parameters))
+        if not torch.is_grad_enabled():
+            return buffer
+        return _Join.apply(buffer, *parameters)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        super()._apply(fn, recurse)
+        self.pack()
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PackedLinear":
+        clone = self.__class__.__new__(self.__class__)
+        memo[id(self)] = clone
+        from copy import deepcopy
+
+        clone.__dict__.update({k: deepcopy(v, memo) for k, v in self.__dict__.items() if k != "_buffer_of"})
+        clone._buffer_of = {}
+        clone.pack()
+        return clone
+
+
+class _Join(torch.autograd.Function):
+    """The buffer as a function of its views: no copy forward, the gradient is handed out in slices backward."""
+
+    @staticmethod
+    def forward(ctx: Any, buffer: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.sizes = [len(p) for p in parameters]
+        return buffer.view_as(buffer)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *gradients[0].split(ctx.sizes)
+
+
+def _are_views(buffer: Tensor, parameters: Sequence[Tensor]) -> bool:
+    address = buffer.data_ptr()
+    for p in parameters:
+        if type(p.data) is not Tensor or p.data_ptr() != address or p.dtype != buffer.dtype:
+            return False
+        address += p.numel() * p.element_size()
+    return True

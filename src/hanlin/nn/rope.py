@@ -1,0 +1,48 @@
+"""Rotary position embedding (RoFormer, arXiv:2104.09864), in the half-split layout of the Hugging Face Llama weights.
+
+Pair i of a head is (x_i, x_{i + D/2}) and turns by the angle `position * theta^(-2i/D)`. Angles stay fp32 in any
+precision: at position 4,096 bf16 cannot tell neighbours apart.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def inverse_frequencies(head_dim: int, theta: float) -> Tensor:
+    """theta^(-2i/D) for i < D/2, fp32, (head_dim / 2,)."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    return 1.0 / theta**exponent
+
+
+def rope_tables(positions: Tensor, inverse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """positions (rows or 1, T) integers, inverse (D/2,) -> cos, sin (rows or 1, T, 1, D/2) in `dtype`."""
+    angles = (positions.to(torch.float32)[..., None] * inverse)[:, :, None]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (rows, T, heads, D) turned by its tables (rows or 1, T, 1, D/2). The backward turn is the forward turn of -sin."""
+    return _Rotate.apply(x, cos, sin)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _turn(gradients[0], cos, -sin), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, dim=-1)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    first, second = out.chunk(2, dim=-1)
+    torch.mul(a, cos, out=first).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=second).addcmul_(a, sin)
+    return out
