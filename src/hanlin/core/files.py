@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ TEMPORARY = ".partial-"  # prefix of everything unfinished; `sweep_partial` remo
 
 
 @contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike[str]) -> Generator[Path]:
     """Yield a temporary file path beside `path`; on success it is fsynced and renamed over `path`.
 
     On any exception the temporary file is removed and the old `path` is untouched.
@@ -33,14 +33,14 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         with _disk_errors(target):
             yield temporary
             _fsync(temporary)
-            os.replace(temporary, target)
+            temporary.replace(target)
             _fsync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_folder(path: str | os.PathLike[str]) -> Generator[Path]:
     """Yield a temporary folder; on success every file in it is fsynced and the folder is renamed to `path`.
 
     An existing folder at `path` is replaced (moved aside first, then deleted).
@@ -58,11 +58,11 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             _fsync(temporary)
             if target.exists():
                 old = target.with_name(f"{TEMPORARY}old-{os.getpid()}-{target.name}")
-                os.replace(target, old)
-                os.replace(temporary, target)
+                target.replace(old)
+                temporary.replace(target)
                 shutil.rmtree(old, ignore_errors=True)
             else:
-                os.replace(temporary, target)
+                temporary.replace(target)
             _fsync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -114,7 +114,7 @@ def _fsync(path: Path) -> None:
 
 
 @contextmanager
-def _disk_errors(target: Path) -> Iterator[None]:
+def _disk_errors(target: Path) -> Generator[None]:
     try:
         yield
     except OSError as error:

@@ -4,7 +4,13 @@ A wrong key is answered with its nearest neighbour and its place in the file; a 
 and what is allowed. Nothing is ignored: `extra="forbid"` all the way down.
 """
 
-from pydantic import BaseModel, ConfigDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from hanlin.core.errors import HanlinError
 
 
 class Section(BaseModel):
@@ -14,4 +20,26 @@ class Section(BaseModel):
 
 
 class Recipe(Section):
-    """The whole recipe of one command. `Recipe.load(path, overrides)` reads, overrides, checks."""
+    """The whole recipe of one command. `Recipe.load(path, argv)` reads, overrides, checks."""
+
+    @classmethod
+    def load(cls, path: Path | None, argv: Sequence[str] = ()) -> Self:
+        """The recipe in the YAML file (None: the defaults), with the overrides `--key.path value` of argv.
+
+        An unknown key or flag, a value that does not fit, or YAML that does not parse is a `HanlinError`.
+        """
+        import tyro
+        import yaml
+
+        try:
+            raw = {} if path is None else yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+            default = cls.model_validate(raw)
+        except (OSError, ValidationError, yaml.YAMLError) as error:
+            raise HanlinError(f"{path}: {error}") from error
+        return tyro.cli(cls, default=default, args=list(argv), config=(tyro.conf.AvoidSubcommands,))
+
+    def to_yaml(self) -> str:
+        """The recipe as resolved, as YAML that `load` reads back to an equal value."""
+        import yaml
+
+        return yaml.safe_dump(self.model_dump(mode="json"), allow_unicode=True, sort_keys=False)

@@ -1,4 +1,4 @@
-"""Seeds: every source of chance is named, so that a run can be repeated and a worker's draw does not depend on its rank.
+"""Seeds: every source of chance is named, so that a run can be repeated whatever the rank.
 
 `derive(seed, *path)` gives an independent 63-bit seed for a purpose ("shuffle", epoch 3): a hash, so that neighbouring
 seeds share nothing and no draw depends on the order in which the others were made.
