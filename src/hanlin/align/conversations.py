@@ -1,0 +1,291 @@
+"""Conversations from the files people have: Alpaca, ShareGPT and OpenAI messages, as .json, .jsonl or .parquet.
+
+    Alpaca     {"instruction": ..., "input": ..., "output": ..., "system"?: ..., "history"?: [[question, answer], ...]}
+    ShareGPT   {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}], "system"?: ...}
+    OpenAI     {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}], "system"?: ...}
+
+The format is found once a file, from its first row, and every row must keep to it. A row that cannot be read is
+answered with file, row, what was found and what was expected. What would change the meaning and is not supported (tool
+calls, images) is refused by name; columns that only describe a row (`id`, `source`) are metadata and left alone.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from hanlin.core.errors import HanlinError, require
+
+Format = Literal["alpaca", "sharegpt", "openai"]
+
+ROLES = {  # every spelling in use -> the three roles of a chat template
+    "system": "system",
+    "developer": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "chatgpt": "assistant",
+}
+TOOL_ROLES = {"function", "function_call", "function_response", "observation", "tool", "tool_call", "ipython"}
+UNSUPPORTED = ("tools", "functions", "tool_calls", "function_call", "images", "image", "videos", "audios")
+EXPECTED = (
+    "Expected Alpaca (`instruction`, `output`, perhaps `input`), ShareGPT (`conversations`: a list of "
+    '{"from", "value"}) or OpenAI messages (`messages`: a list of {"role", "content"})'
+)
+
+
+@dataclass(frozen=True)
+class Message:
+    """role: system, user or assistant. trained: False for an assistant's turn whose `weight` in the file is 0."""
+
+    role: str
+    content: str
+    trained: bool = True
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """messages: at most one system message, first; the last one is the assistant's. name: `file:row`, for errors."""
+
+    messages: tuple[Message, ...]
+    name: str
+
+    def plain(self) -> list[dict[str, str]]:
+        """The messages as a chat template takes them."""
+        return [{"role": m.role, "content": m.content} for m in self.messages]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a file gave. skipped: why a row was left out, one sentence a row (only with `bad_rows="skip"`)."""
+
+    conversations: list[Conversation]
+    skipped: list[str]
+
+
+class RowError(HanlinError):
+    """One row that cannot be read."""
+
+
+def read_conversations(
+    files: Iterable[str | os.PathLike[str]], *, bad_rows: Literal["stop", "skip"] = "stop"
+) -> Reading:
+    """All conversations of `files`, in order.
+
+    bad_rows "stop": the first unreadable row raises `HanlinError`. "skip": it is left out and listed in `skipped`;
+    a file of which nothing is left raises all the same.
+    """
+    conversations: list[Conversation] = []
+    skipped: list[str] = []
+    for file in map(Path, files):
+        before, unread = len(conversations), len(skipped)
+        kind: Format | None = None
+        for number, row in read_rows(file):
+            where = f"{file}, row {number}"
+            try:
+                if not isinstance(row, Mapping):
+                    raise RowError(f"{where} is a JSON {_kind(row)}, not an object. {EXPECTED}.")
+                kind = kind or detect_format(row, where)
+                conversations.append(Conversation(tuple(parse_row(row, kind, where)), f"{file.name}:{number}"))
+            except RowError as error:
+                if bad_rows == "stop":
+                    raise RowError(
+                        f"{error} Mend the row, or set `objective.bad_rows: skip` to go on without such rows."
+                    ) from error
+                skipped.append(str(error))
+        if len(conversations) == before:
+            first = f" Every row was skipped; the first: {skipped[unread]}" if len(skipped) > unread else ""
+            raise HanlinError(f"{file} holds no conversation.{first or ' It has no rows.'}")
+    return Reading(conversations, skipped)
+
+
+def read_rows(file: Path) -> Iterator[tuple[int, Any]]:
+    """(row number from 1, row) of a JSON array, of JSON lines (told apart by the first character) or of a parquet file.
+
+    For JSON lines the number is the line's; blank lines are passed over. `.gz` and `.zst` are unpacked.
+    """
+    if not file.is_file():
+        raise HanlinError(f"{file} does not exist or is no file; expected a .json, .jsonl or .parquet file of rows.")
+    if file.suffix == ".parquet":
+        table = require("pyarrow.parquet", "parquet").ParquetFile(file)
+        number = 0
+        for batch in table.iter_batches(1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+        return
+    text = _read_text(file)
+    if text.lstrip()[:1] == "[":
+        try:
+            rows = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise HanlinError(f"{file} is not valid JSON: {error}.") from error
+        yield from enumerate(rows, start=1)
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line)
+        except json.JSONDecodeError as error:
+            raise HanlinError(
+                f"{file}, line {number} is not valid JSON: {error.msg} at column {error.colno}. Expected a JSON array "
+                "of rows, or one JSON object a line."
+            ) from error
+
+
+def detect_format(row: Mapping[str, Any], where: str) -> Format:
+    """Which of the three formats a row is written in, from its columns."""
+    if "instruction" in row and "output" in row:
+        return "alpaca"
+    for column in ("conversations", "messages"):
+        turns = row.get(column)
+        if isinstance(turns, Sequence) and turns and isinstance(turns[0], Mapping):
+            if "from" in turns[0] and "value" in turns[0]:
+                return "sharegpt"
+            if "role" in turns[0]:
+                return "openai"
+            raise RowError(f"{where}: the turns of `{column}` have the keys {_names(turns[0])}. {EXPECTED}.")
+    raise RowError(f"{where} has the columns {_names(row)}. {EXPECTED}.")
+
+
+def parse_row(row: Mapping[str, Any], kind: Format, where: str) -> list[Message]:
+    """The messages of one row, checked."""
+    _refuse_unsupported(row, where)
+    messages = _alpaca(row, where) if kind == "alpaca" else _turns(row, kind, where)
+    system = row.get("system")
+    if system is not None and not isinstance(system, str):
+        raise RowError(f"{where}: `system` is a JSON {_kind(system)}, expected text.")
+    if system and system.strip():
+        if messages and messages[0].role == "system":
+            raise RowError(f"{where} has a system message both in `system` and in its turns; one of them must go.")
+        messages.insert(0, Message("system", system))
+    while messages and messages[-1].role != "assistant":  # an unanswered question at the end teaches nothing
+        messages.pop()
+    if not messages:
+        raise RowError(f"{where} has no turn of the assistant, so there is nothing to learn from it.")
+    for place, message in enumerate(messages, start=1):
+        if message.role == "system" and place > 1:
+            raise RowError(f"{where}, turn {place}: a system message is only understood as the first turn.")
+        if message.role == "assistant" and not message.content.strip():
+            raise RowError(f"{where}, turn {place}: the assistant's turn is empty.")
+    return messages
+
+
+def _alpaca(row: Mapping[str, Any], where: str) -> list[Message]:
+    messages = []
+    history = row.get("history") or []
+    if not isinstance(history, Sequence) or any(
+        not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2 for pair in history
+    ):
+        raise RowError(f"{where}: `history` must be a list of [question, answer] pairs.")
+    for pair in history:
+        messages.append(Message("user", _text(pair[0], where, "history")))
+        messages.append(Message("assistant", _text(pair[1], where, "history")))
+    for column in ("instruction", "output"):
+        if column not in row:
+            raise RowError(f"{where} has no column `{column}`; it has {_names(row)}, and its file began as Alpaca.")
+    question = _text(row["instruction"], where, "instruction")
+    extra = _text(row.get("input") or "", where, "input")
+    question = f"{question}\n{extra}" if extra.strip() and question.strip() else question or extra
+    if not question.strip():
+        raise RowError(f"{where}: `instruction` and `input` are both empty.")
+    return [*messages, Message("user", question), Message("assistant", _text(row["output"], where, "output"))]
+
+
+def _turns(row: Mapping[str, Any], kind: Format, where: str) -> list[Message]:
+    role_key, text_key = ("from", "value") if kind == "sharegpt" else ("role", "content")
+    column = next((c for c in ("conversations", "messages") if c in row), None)
+    turns = row[column] if column else None
+    if not isinstance(turns, Sequence) or isinstance(turns, str):
+        found = f"`{column}` is a JSON {_kind(turns)}" if column else f"the columns are {_names(row)}"
+        raise RowError(f"{where}: {found}; expected a list of turns, as in the file's first row.")
+    messages = []
+    for place, turn in enumerate(turns, start=1):
+        here = f"{where}, turn {place}"
+        if not isinstance(turn, Mapping) or role_key not in turn:
+            found = f"has the keys {_names(turn)}" if isinstance(turn, Mapping) else f"is a JSON {_kind(turn)}"
+            raise RowError(f'{here} {found}; expected {{"{role_key}", "{text_key}"}}, as in the file\'s first row.')
+        _refuse_unsupported(turn, here)
+        name = turn[role_key]
+        role = ROLES.get(name) if isinstance(name, str) else None
+        if role is None:
+            if name in TOOL_ROLES:
+                raise RowError(f"{here} has the role {name!r}; tool calls are not supported in fine-tuning yet.")
+            known = ", ".join(sorted(ROLES))
+            raise RowError(f"{here} has the unknown role {name!r}; expected one of {known}.")
+        messages.append(Message(role, _text(turn.get(text_key), here, text_key), _weight(turn, role, here)))
+    return messages
+
+
+def _text(value: Any, where: str, column: str) -> str:
+    """A string, or a list of text parts ({"type": "text", "text" or "value": ...}) joined."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Sequence) and all(isinstance(part, Mapping) for part in value):
+        kinds = {str(part.get("type")) for part in value} - {"text"}
+        if kinds:
+            raise RowError(f"{where}: content of type {', '.join(sorted(kinds))} is not supported, only text.")
+        texts = [part.get("text", part.get("value")) for part in value]
+        if all(isinstance(text, str) for text in texts):
+            return "".join(texts)
+    raise RowError(f"{where}: `{column}` is a JSON {_kind(value)}, expected text.")
+
+
+def _weight(turn: Mapping[str, Any], role: str, where: str) -> bool:
+    """`weight` (OpenAI) or `loss_weight` of an assistant's turn: 1 is trained, 0 is only read."""
+    for key in ("weight", "loss_weight"):
+        if role == "assistant" and turn.get(key) is not None:
+            if turn[key] not in (0, 1):
+                raise RowError(f"{where}: `{key}` is {turn[key]!r}; only 0 (not trained) and 1 are supported.")
+            return bool(turn[key])
+    return True
+
+
+def _refuse_unsupported(row: Mapping[str, Any], where: str) -> None:
+    for key in UNSUPPORTED:
+        value = row.get(key)
+        if value and value != "[]":
+            raise RowError(f"{where} has `{key}`, which fine-tuning does not support yet (text turns only).")
+
+
+def _read_text(file: Path) -> str:
+    data = file.read_bytes()
+    if file.suffix == ".gz":
+        import gzip
+
+        data = gzip.decompress(data)
+    elif file.suffix == ".zst":
+        import io
+
+        import zstandard
+
+        data = zstandard.ZstdDecompressor().stream_reader(io.BytesIO(data)).read()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise HanlinError(
+            f"{file} is not UTF-8: byte {error.start} (line {line}) is 0x{data[error.start]:02x}. Save it as UTF-8."
+        ) from error
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "boolean"
+    if isinstance(value, int | float):
+        return "number"
+    if isinstance(value, str):
+        return "string"
+    return "object" if isinstance(value, Mapping) else "array"
+
+
+def _names(row: Mapping[str, Any]) -> str:
+    return ", ".join(f"`{key}`" for key in row) or "none"

@@ -1,0 +1,164 @@
+"""Supervised fine-tuning (InstructGPT, arXiv:2203.02155 §3.5): next-token loss on the assistant's tokens only.
+
+A conversation goes through the chat template; its tokens are all read, and those that the assistant would have to
+produce (its words and its end-of-turn token) are trained:
+
+    <|im_start|>user\\n What is 2+2?<|im_end|>\\n<|im_start|>assistant\\n  4<|im_end|>  \\n
+    ........................ read .....................................  trained      read
+
+So the objective is `CausalLM` over other targets. Conversations are packed several a row and never see each other.
+Defaults as the field teaches them: 1 epoch, 3 for at most 10,000 conversations; about ten times the rate at which
+pretraining ended; cosine; no dropout.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hanlin.align.conversations import Conversation
+from hanlin.core.errors import HanlinError
+from hanlin.core.metrics import read_metrics
+from hanlin.data.packing import Example
+from hanlin.tokens import Tokenizer
+
+COVER = 0.995  # share of the conversations that the automatic sequence length holds whole
+SMALL = 10_000  # conversations up to which three epochs are usual
+FOREIGN_LR = 2e-5  # the usual rate for a model whose own training rate is unknown
+
+
+@dataclass(frozen=True)
+class SftReport:
+    """What became of the conversations. Lengths are in tokens."""
+
+    conversations: int
+    tokens: int
+    trained: int
+    seq_len: int
+    longest: int
+    truncated: list[str] = field(default_factory=list)  # names of those cut at `seq_len`
+    dropped: list[str] = field(default_factory=list)  # names of those with no trained token left
+
+    def lines(self) -> list[str]:
+        """For people: one line a fact."""
+        share = 100 * self.trained / max(self.tokens, 1)
+        lines = [
+            f"{self.conversations:,} conversations, {self.tokens:,} tokens, {self.trained:,} trained ({share:.0f} %); "
+            f"rows of {self.seq_len} tokens"
+        ]
+        if self.truncated:
+            lines.append(
+                f"{len(self.truncated):,} longer than {self.seq_len} tokens are cut there (the longest has "
+                f"{self.longest:,}): {_some(self.truncated)}"
+            )
+        if self.dropped:
+            lines.append(
+                f"{len(self.dropped):,} are left out, their answers begin after {self.seq_len} tokens: "
+                f"{_some(self.dropped)}"
+            )
+        return lines
+
+
+def sft_examples(
+    conversations: Sequence[Conversation],
+    tokenizer: Tokenizer,
+    *,
+    seq_len: int | None = None,
+    max_positions: int | None = None,
+) -> tuple[list[Example], SftReport]:
+    """Conversations -> examples of at most `seq_len` tokens with the assistant's tokens marked.
+
+    seq_len None: the smallest power of two that holds 99.5 % of the conversations whole, at most `max_positions`.
+    A longer one is cut at its end; one with no trained token left is dropped; both are reported.
+    """
+    examples = [encode_conversation(conversation, tokenizer) for conversation in conversations]
+    lengths = [len(example.ids) for example in examples]
+    if seq_len is None:
+        seq_len = covering_length(lengths, max_positions)
+    kept, truncated, dropped = [], [], []
+    for example in examples:
+        short = example
+        if len(example.ids) > seq_len:
+            short = Example(example.ids[:seq_len], example.trained[:seq_len], example.name)
+        if not any(short.trained[1:]):  # the first token of a row is never predicted
+            dropped.append(example.name)
+            continue
+        if short is not example:
+            truncated.append(example.name)
+        kept.append(short)
+    if not kept:
+        raise HanlinError(
+            f"No answer begins within {seq_len} tokens, so none of the {len(examples)} conversations can be learnt "
+            f"from. Raise `objective.seq_len` (the longest conversation has {max(lengths, default=0)} tokens)."
+        )
+    report = SftReport(
+        conversations=len(kept),
+        tokens=sum(len(e.ids) for e in kept),
+        trained=sum(sum(e.trained) for e in kept),
+        seq_len=seq_len,
+        longest=max(lengths),
+        truncated=truncated,
+        dropped=dropped,
+    )
+    return kept, report
+
+
+def encode_conversation(conversation: Conversation, tokenizer: Tokenizer) -> Example:
+    """One conversation as tokens; turns of the assistant with weight 0 are read and not trained."""
+    chat = tokenizer.chat_trained(conversation.plain())
+    trained = list(chat.trained)
+    answers = [message for message in conversation.messages if message.role == "assistant"]
+    if not all(message.trained for message in answers):
+        turns = trained_runs(trained)
+        if len(turns) != len(answers):
+            raise HanlinError(
+                f"{conversation.name}: a turn has weight 0, but this chat template does not keep the assistant's turns "
+                f"apart ({len(answers)} turns, {len(turns)} stretches of trained tokens). Remove the weights."
+            )
+        for message, (start, stop) in zip(answers, turns, strict=True):
+            if not message.trained:
+                trained[start:stop] = [False] * (stop - start)
+    return Example(chat.ids, trained, conversation.name)
+
+
+def trained_runs(trained: Sequence[bool]) -> list[tuple[int, int]]:
+    """[start, stop) of each stretch of trained tokens."""
+    edges = [i for i in range(len(trained) + 1) if _at(trained, i) != _at(trained, i - 1)]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def covering_length(lengths: Iterable[int], max_positions: int | None = None, *, share: float = COVER) -> int:
+    """The smallest power of two (at least 32) that is no shorter than `share` of `lengths`; at most `max_positions`."""
+    ordered = sorted(lengths)
+    if not ordered:
+        raise HanlinError("There are no conversations to measure.")
+    needed = max(ordered[math.ceil(share * len(ordered)) - 1], 32)
+    length = 2 ** math.ceil(math.log2(needed))
+    return min(length, max_positions) if max_positions else length
+
+
+def usual_epochs(conversations: int) -> float:
+    """3 for a small set (at most 10,000 conversations), else 1."""
+    return 3.0 if conversations <= SMALL else 1.0
+
+
+def usual_lr(model: Path) -> tuple[float, str]:
+    """(learning rate, why) for fine-tuning the model in folder `model`.
+
+    Ten times the rate of the last pretraining step, never above that run's peak: read from the metrics of the run that
+    the folder belongs to. A schedule that ended (nearly) at zero counts as having ended at a hundredth of its peak.
+    """
+    rates = [row["lr"] for row in read_metrics(model.parent / "metrics.jsonl") if row.get("lr")]
+    if not rates:
+        return FOREIGN_LR, f"the usual rate; no metrics.jsonl beside {model} tells how it was trained"
+    peak = max(rates)
+    rate = min(peak, 10 * max(rates[-1], peak / 100))
+    return rate, f"ten times the rate at which {model.parent.name} ended, at most its peak {peak:g}"
+
+
+def _at(trained: Sequence[bool], index: int) -> bool:
+    return 0 <= index < len(trained) and trained[index]
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
