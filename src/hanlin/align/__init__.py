@@ -1,1 +1,1 @@
-"""Supervised fine-tuning (and, later, rewards, preferences, on-policy RL): losses and objectives, no loop of their own."""
+"""Supervised fine-tuning (later rewards, preferences, on-policy RL): losses and objectives, no loop of their own."""

@@ -57,14 +57,12 @@ class Constant(Section):
     warmup: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
-class TrainSettings(Section):
-    """How long, how fast, how often. Sizes are rows (packed sequences of the data's length)."""
+class LoopSettings(Section):
+    """All but the length and the rate, which a recipe may leave to its objective. Sizes are rows (packed sequences of
+    the data's length)."""
 
-    steps: Annotated[int | None, Field(gt=0, description="optimizer steps; give this or epochs")] = None
-    epochs: Annotated[float | None, Field(gt=0, description="passes over the data; give this or steps")] = None
     batch_size: Annotated[int, Field(gt=0, description="rows of one optimizer step, over all ranks")] = 16
     micro_batch_size: Annotated[int | None, Field(gt=0, description="rows of one backward; None: all at once")] = None
-    lr: Annotated[float, Field(gt=0)] = 1e-3
     optimizer: Annotated[AdamW | Muon, Field(discriminator="kind")] = AdamW()
     schedule: Annotated[Cosine | WSD | Constant, Field(discriminator="kind")] = Cosine()
     clip: Annotated[float | None, Field(gt=0, description="largest global gradient norm; None: no clipping")] = 1.0
@@ -83,11 +81,23 @@ class TrainSettings(Section):
     tensorboard: Annotated[bool, Field(description="write TensorBoard files too (extra: track)")] = False
 
     @model_validator(mode="after")
-    def _consistent(self) -> "TrainSettings":
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give exactly one of `steps` and `epochs`")
+    def _whole_micro_batches(self) -> "LoopSettings":
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
             )
+        return self
+
+
+class TrainSettings(LoopSettings):
+    """How long, how fast, how often: what the loop needs, complete."""
+
+    steps: Annotated[int | None, Field(gt=0, description="optimizer steps; give this or epochs")] = None
+    epochs: Annotated[float | None, Field(gt=0, description="passes over the data; give this or steps")] = None
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainSettings":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of `steps` and `epochs`")
         return self

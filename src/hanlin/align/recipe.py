@@ -1,0 +1,129 @@
+"""`TrainRecipe`: what `hanlin train` and `hanlin data preview` read. The `objective` says what is learnt, `model` where
+the weights come from, `train` how long and how fast; everything that is left out is resolved to the usual value and
+written, as resolved, to `recipe.yaml` of the run folder.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from hanlin.core.recipe import Recipe, Section
+from hanlin.train.settings import LoopSettings
+
+
+class SavedModel(Section):
+    """Continue from a model folder (Hugging Face layout), whoever saved it."""
+
+    kind: Literal["saved"] = "saved"
+    path: Annotated[Path, Field(description="model folder")]
+
+
+class NewModel(Section):
+    """A decoder with random weights. The vocabulary is the tokenizer's."""
+
+    kind: Literal["new"] = "new"
+    family: Annotated[Literal["llama", "qwen2", "qwen3", "mistral"], Field(description="layout it is saved in")] = (
+        "qwen3"
+    )
+    depth: Annotated[int, Field(gt=0, description="layers")] = 6
+    width: Annotated[int, Field(gt=0, description="numbers a token")] = 192
+    heads: Annotated[int, Field(gt=0, description="query heads")] = 3
+    kv_heads: Annotated[int, Field(gt=0, description="key/value heads; divides heads")] = 1
+    head_dim: Annotated[int | None, Field(gt=0, description="None: width / heads")] = None
+    hidden: Annotated[int, Field(gt=0, description="units of the feed-forward")] = 512
+    tied: Annotated[bool, Field(description="output head = embeddings")] = True
+    window: Annotated[int | None, Field(gt=0, description="sliding window (mistral); None: see everything")] = None
+    rope_theta: Annotated[float, Field(gt=0)] = 10_000.0
+    max_positions: Annotated[int | None, Field(gt=0, description="None: the objective's seq_len")] = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "NewModel":
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+        if self.head_dim is None and self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}; give head_dim")
+        if self.window is not None and self.family != "mistral":
+            raise ValueError(f"a sliding window belongs to the family mistral, not {self.family}")
+        return self
+
+
+class Shards(Section):
+    """A folder of token shards (`hanlin data build`) and its weight in the mixture."""
+
+    path: Path
+    weight: Annotated[float, Field(gt=0)] = 1.0
+
+
+class CausalLmObjective(Section):
+    """Pretraining: the next token of every document."""
+
+    kind: Literal["causal_lm"] = "causal_lm"
+    shards: Annotated[list[Shards], Field(min_length=1, description="what to train on")]
+    held_out: Annotated[
+        list[Path], Field(default_factory=list, description="shard folders for evaluation during training")
+    ]
+    held_out_rows: Annotated[int, Field(gt=0, description="rows of an evaluation during training")] = 64
+    seq_len: Annotated[int, Field(gt=1, description="tokens a row")] = 256
+
+
+class SftObjective(Section):
+    """Supervised fine-tuning on conversations, loss on the assistant's tokens only."""
+
+    kind: Literal["sft"] = "sft"
+    files: Annotated[list[Path], Field(min_length=1, description="Alpaca, ShareGPT or OpenAI messages")]
+    held_out: Annotated[
+        list[Path], Field(default_factory=list, description="such files for evaluation during training")
+    ]
+    held_out_rows: Annotated[int, Field(gt=0, description="rows of an evaluation during training")] = 64
+    seq_len: Annotated[
+        int | None, Field(gt=1, description="tokens a row; None: the power of two that holds 99.5 % whole")
+    ] = None
+    packing: Annotated[bool, Field(description="several conversations a row (they never see each other)")] = True
+    bad_rows: Annotated[Literal["stop", "skip"], Field(description="what to do with a row that cannot be read")] = (
+        "stop"
+    )
+
+
+class TrainChoices(LoopSettings):
+    """`train:` of a recipe, in which the length and the rate may be left to the objective."""
+
+    steps: Annotated[int | None, Field(gt=0, description="optimizer steps; give this or epochs")] = None
+    epochs: Annotated[float | None, Field(gt=0, description="passes over the data; None: the objective's usual")] = None
+    lr: Annotated[float | None, Field(gt=0, description="peak rate; None: the objective's usual")] = None
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainChoices":
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give one of `steps` and `epochs`, not both")
+        return self
+
+
+class TrainRecipe(Recipe):
+    """`hanlin train RECIPE`: one model, one objective, one run folder."""
+
+    name: Annotated[str, Field(description="the run folder is `runs`/`name`")]
+    runs: Annotated[Path, Field(description="folder of run folders")] = Path("runs")
+    seed: int = 0
+    tokenizer: Annotated[Path | None, Field(description="tokenizer folder; None: the saved model's own")] = None
+    model: Annotated[NewModel | SavedModel, Field(discriminator="kind")] = NewModel()
+    objective: Annotated[CausalLmObjective | SftObjective, Field(discriminator="kind")]
+    train: TrainChoices = TrainChoices()
+
+    @property
+    def out(self) -> Path:
+        """The run folder."""
+        return self.runs / self.name
+
+    @field_validator("name")
+    @classmethod
+    def _one_folder(cls, name: str) -> str:
+        if not name.strip() or name in (".", "..") or Path(name).name != name:
+            raise ValueError(f"{name!r} is no folder name; `runs` says where the folder lies")
+        return name
+
+    @model_validator(mode="after")
+    def _has_tokenizer(self) -> "TrainRecipe":
+        if self.tokenizer is None and isinstance(self.model, NewModel):
+            raise ValueError("a new model needs `tokenizer`: the folder that `hanlin tokenizer train` wrote")
+        return self
