@@ -3,7 +3,7 @@
     softmax(q k^T / sqrt(D) + mask) v        per head; `heads / kv_heads` query heads share one key and value head
 
 With a cache the keys and values of this step are handed to it and *it* attends (`Cache.attend`), so that a contiguous,
-a paged or a tiered cache can each read its own layout. Without a cache it is one call of SDPA.
+a paged or a tiered cache can each read its own layout. Without a cache it is `attend`.
 """
 
 from typing import Protocol
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hanlin.nn.block_attention import block_attention, worth_it
 from hanlin.nn.linear import Linear, PackedLinear
 from hanlin.nn.masks import Lowered
 from hanlin.nn.norms import RMSNorm
@@ -82,16 +83,23 @@ class Attention(PackedLinear):
             out = cache.attend(self.layer, q, k, v, scale=self.scale, window=self.window)
         else:
             assert mask is not None
-            out = F.scaled_dot_product_attention(
-                q.transpose(1, 2),  # (rows, heads, T, D)
-                k.transpose(1, 2),
-                v.transpose(1, 2),
-                attn_mask=mask.bias,
-                is_causal=mask.is_causal,
-                scale=self.scale,
-                enable_gqa=H != K,
-            ).transpose(1, 2)
+            out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, self.scale).transpose(1, 2)
         return self.o_proj(out.reshape(rows, length, H * D))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Lowered, scale: float) -> Tensor:
+    """Self-attention by the fastest exact form: q (rows, heads, T, D), k and v (rows, kv_heads, T, D) -> like q."""
+    if worth_it(q):
+        return block_attention(q, k, v, mask.bias, scale, causal=mask.causal)
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        mask.bias,
+        is_causal=mask.causal and mask.bias is None,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
 
 
 def attend_dense(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:

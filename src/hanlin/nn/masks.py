@@ -72,9 +72,10 @@ class Or(Mask):
 
 @dataclass(frozen=True, eq=False)
 class Lowered:
-    """What the kernel gets: the causal flag, or an additive matrix (rows or 1, 1, Tq, Tk), or neither (all visible)."""
+    """What the kernel gets. causal: no query sees a later key. bias (rows or 1, 1, T, T): 0 where visible, else -inf;
+    None where the flag alone says everything."""
 
-    is_causal: bool
+    causal: bool
     bias: Tensor | None
 
 
@@ -85,7 +86,15 @@ def lower(mask: Mask, length: int, *, dtype: torch.dtype, device: torch.device) 
     index = torch.arange(length, device=device)
     visible = mask.dense(index, index)
     bias = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, float("-inf"))
-    return Lowered(False, bias[:, None])
+    return Lowered(_hides_the_future(mask), bias[:, None])
+
+
+def _hides_the_future(mask: Mask) -> bool:
+    if isinstance(mask, And):
+        return any(_hides_the_future(part) for part in mask.parts)
+    if isinstance(mask, Or):
+        return all(_hides_the_future(part) for part in mask.parts)
+    return isinstance(mask, Causal)
 
 
 def _is_causal_window(mask: Mask) -> bool:
