@@ -1,7 +1,7 @@
 """Docstrings as prose: markup of reStructuredText becomes plain words, what is no text is dropped.
 
-`:class:`~torch.nn.Linear`` -> `torch.nn.Linear`; `.. note:: x` -> `Note: x`; version notes, index entries and pictures go.
-Code examples and tables stay: they are what people ask about.
+`:class:`~torch.nn.Linear`` -> `torch.nn.Linear`; `.. note:: x` -> `Note: x`; version notes, index
+entries and pictures go. Code examples and tables stay: they are what people ask about.
 """
 
 import inspect
@@ -48,7 +48,7 @@ def clean_docstring(text: str) -> str:
 
 
 def clean_text(text: str) -> str:
-    """Any text: control characters, trailing blanks, monstrous lines and runs of empty lines go; "" if little is left."""
+    """Any text: control characters, trailing blanks, monstrous and empty lines go; "" if little is left."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     text = "".join(c for c in text if c in "\n\t" or c.isprintable())
     lines = [line.rstrip() for line in text.split("\n")]

@@ -264,8 +264,8 @@ def build_corpus(
     train, held_out = split_documents(documents, kept=kept, share=share)
     if not train or not held_out:
         raise HanlinError(
-            f"The text gives {len(train)} documents to train on and {len(held_out)} to hold out; both need at least one. "
-            "Give more text: several files, or one file with headings or empty lines between its parts."
+            f"The text gives {len(train)} documents to train on and {len(held_out)} to hold out; both need at least "
+            "one. Give more text: several files, or one file with headings or empty lines between its parts."
         )
     return {
         "train_documents": len(train),

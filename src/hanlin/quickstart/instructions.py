@@ -3,8 +3,8 @@
     facts        what newcomers ask first, in many wordings        -> evaluation: the same facts, unseen wordings
     documented   other functions of the text, asked about once     -> evaluation: functions that no question is about
     passages     the user's own files: titles and continuations    -> evaluation: passages that no question is about
-    expressions  one operation on small numbers, or on a word      -> evaluation: operand pairs and words never trained on
-    word sums    the same in little stories                        -> evaluation: operand pairs never trained on
+    expressions  one operation on small numbers, or on a word      -> evaluation: operands never trained on
+    word sums    the same in little stories                        -> evaluation: operands never trained on
     unknowable   "I don't know"                                    -> evaluation: other things, other wordings
     small talk   greetings, who are you
 
@@ -23,9 +23,10 @@ from pydantic import Field
 from hanlin.core.recipe import Section
 from hanlin.core.seeds import derive
 from hanlin.quickstart.facts import NAMES, Fact, fact_of, newcomers_facts
+from hanlin.quickstart.identity import Identity, small_talk
 from hanlin.quickstart.questions import CALL, CONTINUE, PASSAGE, WHAT, Language, Wordings
-from hanlin.quickstart.smalltalk import Identity, small_talk, unknowable
 from hanlin.quickstart.sums import expressions, split_operands, word_expressions, word_sums
+from hanlin.quickstart.unknowable import unknowable
 from hanlin.quickstart.walk import Document
 
 LANGUAGES: tuple[Language, ...] = ("en", "zh")
@@ -53,7 +54,7 @@ class InstructionSettings(Section):
 
 @dataclass(frozen=True)
 class Example:
-    """One question with its answer. key: what must not be in training and evaluation both ("" where wording decides)."""
+    """One question with its answer. key: what may not be in both training and evaluation ("": the wording decides)."""
 
     group: str
     language: Language
@@ -107,7 +108,7 @@ def make_instructions(
 
 
 def answer_of(fact: Fact, language: Language) -> str:
-    """`len(obj, /): Return the number of items in a container.`; in Chinese the frame is Chinese, the quotation is not."""
+    """`len(obj, /): Return the number of items in a container.`; in Chinese only the frame is Chinese."""
     if fact.kind == "passage":
         return fact.sentence
     return f"{fact.signature}: {fact.sentence}" if language == "en" else f"{fact.signature}，作用：{fact.sentence}"

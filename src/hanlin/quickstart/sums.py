@@ -15,11 +15,11 @@ from hanlin.quickstart.questions import VALUE, Language
 OPERATIONS = ("{a} + {b}", "{a} - {b}", "{a} < {b}", "{a} > {b}", "{a} == {b}", "max({a}, {b})", "min({a}, {b})")
 LIKELY = (6, 6, 1, 1, 1, 1, 1)  # how often each is asked
 WORD_OPERATIONS = ("len('{w}')", "'{w}'.upper()", "'{w}'[0]", "'{w}'[-1]", "'{w}' * 2", "'{w}' + '!'")
-WORDS = tuple(
-    """cat dog tree house book moon star fish bird apple river stone cloud light green blue red gold rain snow hand
-    milk bread door ship lake leaf king song road time word game ball frog bear lion wolf corn rice cake lamp desk
-    wind fire rose seed wood salt tea pen cup hat box map key bus car egg sun sea ice""".split()
-)
+WORDS = """
+cat dog tree house book moon star fish bird apple river stone cloud light green blue red gold rain snow hand
+milk bread door ship lake leaf king song road time word game ball frog bear lion wolf corn rice cake lamp
+desk wind fire rose seed wood salt tea pen cup hat box map key bus car egg sun sea ice
+"""
 STORIES_EN = (
     ("{n} has {a} {i} and gets {b} more. How many {i} does {p} have?", "+"),
     ("{n} has {a} {i}. {n} buys {b} more. How many {i} are there now?", "+"),
@@ -90,7 +90,7 @@ class OperandSplit:
 def split_operands(largest: int, share: float, seed: int) -> OperandSplit:
     """Pairs (a, b), 0 <= a <= b <= largest: `share` of them, and of the words, are never trained on."""
     pairs = [(a, b) for a in range(largest + 1) for b in range(a, largest + 1)]
-    words = list(WORDS)
+    words = WORDS.split()
     random.Random(derive(seed, "pairs")).shuffle(pairs)
     random.Random(derive(seed, "words")).shuffle(words)
     held, held_words = max(1, round(share * len(pairs))), max(1, round(share * len(words)))

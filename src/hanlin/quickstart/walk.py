@@ -225,7 +225,7 @@ def _run_time_signature(value: Any) -> str:
 
 
 def split_signature(name: str, text: str) -> tuple[str | None, str]:
-    """Many docstrings begin with the signature, `zeros(shape, dtype=float) -> Tensor`: it and the rest, or None and all."""
+    """Many docstrings begin with the signature, `zeros(shape) -> Tensor`: it and the rest, or None and all."""
     short = name.rsplit(".", 1)[-1]
     for opening in (f"{short}(", f"{name}("):
         if text.startswith(opening):
