@@ -30,7 +30,8 @@ class Family:
     """name: the `model_type`. settings: keys that this family reads beside or instead of `COMMON`. always: our fields
     that hold for every model of the family. windows: whether layers may have a sliding window ("all": one for all
     layers; "each": layer by layer). fixed: keys with the one value that is computed, instead of those of `FIXED`.
-    absent: token ids that transformers assumes where the file names none.
+    absent: token ids that transformers assumes where the file names none. whole_heads: whether transformers loads only
+    models whose width divides among the heads, though `head_dim` is free.
 
     weights: (their name, our name) templates in which `{}` stands for a number; a weight that no row matches has the
     same name on both sides. skipped: weights that old files hold and that are computed here.
@@ -44,6 +45,7 @@ class Family:
     default_window: int | None = None
     fixed: Mapping[str, Any] = field(default_factory=dict)
     absent: Mapping[str, Any] = field(default_factory=dict)
+    whole_heads: bool = False
     weights: tuple[tuple[str, str], ...] = ()
     skipped: tuple[str, ...] = ("model.layers.{}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
 
@@ -144,6 +146,11 @@ class Family:
             raise HanlinError(
                 f'The family "{self.name}" has layers that differ in nothing but their window; these differ in more.'
             )
+        if self.whole_heads and config.width % layer.attention.heads:
+            raise HanlinError(
+                f'In the family "{self.name}" the width must divide among the heads; {config.width} does not among '
+                f"{layer.attention.heads}. Choose another width, or a family without this rule, such as qwen3."
+            )
         values: dict[str, Any] = {"depth": len(config.layers)}
         values |= {k: v for k, v in vars(config).items() if k not in ("family", "layers", "extra", "rope_theta")}
         values |= {f"attention.{k}": v for k, v in vars(layer.attention).items() if k != "window"}
@@ -184,8 +191,9 @@ class Family:
         if self.windows == "all":
             return {"sliding_window": size}
         json: dict[str, Any] = {"use_sliding_window": size is not None, "sliding_window": size}
-        if size is not None:
-            json["max_window_layers"] = next(i for i, w in enumerate(windows) if w is not None)
+        first = windows.index(size)
+        if size is not None and all(windows[first:]):  # else `layer_types` alone can say it
+            json["max_window_layers"] = first
         return json | {"layer_types": ["full_attention" if w is None else "sliding_attention" for w in windows]}
 
     # -- weight names ---------------------------------------------------------------------------------------------

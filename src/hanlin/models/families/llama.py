@@ -12,5 +12,6 @@ LLAMA = Family(
         "max_position_embeddings": Setting(("max_positions",), int, 2048),
     },
     absent={"bos_token_id": 1, "eos_token_id": 2},
+    whole_heads=True,
     weights=(),  # ours are their names
 )
