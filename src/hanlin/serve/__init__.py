@@ -1,1 +1,1 @@
-"""The OpenAI-compatible HTTP server over one `Engine`."""
+"""The OpenAI-compatible server: models behind HTTP, validated by OpenAI's own client."""

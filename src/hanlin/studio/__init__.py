@@ -1,1 +1,1 @@
-"""Web pages in pure Python (NiceGUI) on the server's own app, offline, English and Chinese."""
+"""The chat page, on the same app as the server, in pure Python."""

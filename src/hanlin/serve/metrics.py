@@ -1,0 +1,124 @@
+"""GET /metrics: what the server did, as Prometheus text under vLLM's names, which dashboards know.
+
+https://prometheus.io/docs/instrumenting/exposition_formats/ (text format 0.0.4). A histogram's bucket counts everything
+at or below its bound.
+"""
+
+import time
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from hanlin.engine import Completion, Engine, Event
+
+SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+
+
+@dataclass
+class Histogram:
+    """How many observations fell into each bucket, and their sum."""
+
+    counts: list[int] = field(default_factory=lambda: [0] * (len(SECONDS) + 1))
+    sum: float = 0.0
+
+    def observe(self, seconds: float) -> None:
+        self.counts[bisect_left(SECONDS, seconds)] += 1
+        self.sum += seconds
+
+    def lines(self, name: str, labels: str) -> Iterator[str]:
+        total = 0
+        for bound, count in zip((*map(str, SECONDS), "+Inf"), self.counts, strict=True):
+            total += count
+            yield f'{name}_bucket{{{labels},le="{bound}"}} {total}'
+        yield f"{name}_sum{{{labels}}} {self.sum:.6f}"
+        yield f"{name}_count{{{labels}}} {total}"
+
+
+@dataclass
+class ModelMetrics:
+    """What happened to one model's requests; used by the event loop's thread only."""
+
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    finished: Counter[str] = field(default_factory=Counter)
+    first_token: Histogram = field(default_factory=Histogram)
+    between_tokens: Histogram = field(default_factory=Histogram)
+    whole: Histogram = field(default_factory=Histogram)
+
+    def watch(self) -> "Watch":
+        """For one generation."""
+        return Watch(self)
+
+
+class Watch:
+    """Times the events of one generation, part by part."""
+
+    def __init__(self, metrics: ModelMetrics) -> None:
+        self._metrics = metrics
+        self._start = time.perf_counter()
+        self._last: dict[int, float] = {}
+
+    def see(self, part: int, event: Event) -> None:
+        now = time.perf_counter()
+        if event.token_ids:
+            if part in self._last:
+                gap = (now - self._last[part]) / len(event.token_ids)
+                for _ in event.token_ids:
+                    self._metrics.between_tokens.observe(gap)
+            else:
+                self._metrics.first_token.observe(now - self._start)
+            self._last[part] = now
+        if event.completion is not None:
+            self._finish(event.completion, now)
+
+    def _finish(self, completion: Completion, now: float) -> None:
+        metrics = self._metrics
+        metrics.prompt_tokens += completion.usage.prompt_tokens if completion.index == 0 else 0
+        metrics.generation_tokens += completion.usage.completion_tokens
+        metrics.finished[completion.finish_reason] += 1
+        metrics.whole.observe(now - self._start)
+
+
+def render_metrics(engines: Mapping[str, Engine], metrics: Mapping[str, ModelMetrics]) -> str:
+    """The text of /metrics for all models."""
+    families: dict[tuple[str, str, str], list[str]] = {}
+
+    def add(name: str, kind: str, help_text: str, lines: Iterator[str] | list[str]) -> None:
+        families.setdefault((f"vllm:{name}", kind, help_text), []).extend(lines)
+
+    for model, engine in engines.items():
+        labels = f'model_name="{_escape(model)}"'
+        for name, kind, help_text, value in _figures(engine, metrics[model]):
+            add(name, kind, help_text, [f"vllm:{name}{{{labels}}} {value}"])
+        m = metrics[model]
+        reasons = [f'vllm:request_success_total{{{labels},finished_reason="{r}"}} {m.finished[r]}' for r in REASONS]
+        add("request_success_total", "counter", "Completions by the reason of their end.", reasons)
+        for name, help_text, histogram in (
+            ("time_to_first_token_seconds", "From the request to its first token.", m.first_token),
+            ("inter_token_latency_seconds", "From token to token.", m.between_tokens),
+            ("e2e_request_latency_seconds", "From the request to its end.", m.whole),
+        ):
+            add(name, "histogram", help_text, histogram.lines(f"vllm:{name}", labels))
+    return "".join(
+        f"# HELP {name} {help_text}\n# TYPE {name} {kind}\n" + "".join(f"{line}\n" for line in lines)
+        for (name, kind, help_text), lines in families.items()
+    )
+
+
+REASONS = ("stop", "length", "abort")
+
+
+def _figures(engine: Engine, metrics: ModelMetrics) -> list[tuple[str, str, str, float]]:
+    stats = engine.stats()
+    return [
+        ("num_requests_running", "gauge", "Sequences being computed.", stats.running),
+        ("num_requests_waiting", "gauge", "Requests in the queue.", stats.waiting),
+        ("kv_cache_usage_perc", "gauge", "Fraction of the cache in use, 0 to 1.", stats.cache_usage),
+        ("prompt_tokens_total", "counter", "Prompt tokens of finished requests.", metrics.prompt_tokens),
+        ("generation_tokens_total", "counter", "Tokens of finished requests.", metrics.generation_tokens),
+    ]
+
+
+def _escape(label: str) -> str:
+    return label.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
