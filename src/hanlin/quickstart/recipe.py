@@ -39,9 +39,9 @@ class QuickstartRecipe(Recipe):
     model: NewModel = NewModel(depth=6, width=192, heads=3, kv_heads=1, head_dim=64, hidden=512, max_positions=1024)
     instructions: InstructionSettings = InstructionSettings()
     pretrain: Annotated[TrainChoices, Field(description="steps None: as many as the minutes allow")] = TrainChoices(
-        batch_size=8, lr=4e-3, optimizer=Muon(), schedule=WSD(), save_every=200
+        batch_size=8, lr=4e-3, optimizer=Muon(), schedule=WSD()
     )
     sft: Annotated[TrainChoices, Field(description="steps None: as many as the minutes allow")] = TrainChoices(
-        batch_size=8, lr=3e-3, optimizer=Muon(), schedule=Cosine(floor=0.0), save_every=200
+        batch_size=8, lr=3e-3, optimizer=Muon(), schedule=Cosine(floor=0.0)
     )
     plan: TimePlan = TimePlan()

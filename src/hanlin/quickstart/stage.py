@@ -49,21 +49,22 @@ def run_stage(
         say(f"{name:<14}  is there already, and its inputs have not changed", quiet=quiet)
         return Done(name, folder, mark, done["seconds"], done["result"], fresh=False)
     begun = _read(folder / "begun.json")
+    before = float(begun.get("seconds", 0.0))
     if begun.get("fingerprint") != mark:
         shutil.rmtree(folder, ignore_errors=True)
-        begun = {"fingerprint": mark, "seconds": 0.0}
+        before = 0.0
     folder.mkdir(parents=True, exist_ok=True)
     sweep_partial(folder)
-    write_json(folder / "begun.json", begun)
+    write_json(folder / "begun.json", {"fingerprint": mark, "seconds": before})
     start = time.monotonic()
     try:
         result = work(folder)
     except BaseException:
-        spent = begun["seconds"] + time.monotonic() - start  # `kill -9` leaves no time to write this
+        spent = before + time.monotonic() - start  # `kill -9` leaves no time to write this
         if folder.is_dir():
             write_json(folder / "begun.json", {"fingerprint": mark, "seconds": spent})
         raise
-    seconds = begun["seconds"] + time.monotonic() - start
+    seconds = before + time.monotonic() - start
     write_json(
         folder / "done.json", {"fingerprint": mark, "seconds": seconds, "result": result, "inputs": dict(inputs)}
     )
