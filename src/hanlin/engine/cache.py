@@ -1,42 +1,169 @@
 """Keys and values of running sequences in one contiguous tensor a layer.
 
-    keys, values: (slots, kv_heads, capacity, head_dim)      slot = one sequence; lengths (slots,) = tokens held
+    keys, values: (slots, kv_heads, room, head_dim)      slot = one sequence; lengths (slots,) = tokens held
 
 `step` gives the `nn.attention.Cache` of one forward pass over some slots. Running sequences are kept in the first slots
 (`move`), so that a decode step attends over a strided view and copies nothing. The paged cache will stand behind the
-same two calls.
+same calls.
+
+How a step attends, by measurement (fp32 and bf16, 1–8 rows, 64–2,000 keys, one Zen 4 core): SDPA always. One new token:
+the query heads that share a key head become the rows of one tile, so keys are read once; with plain grouped heads bf16
+took 4–10 times as long, with two matrix products and a softmax up to 2.6 times. A mask costs under 5 %.
 """
 
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from hanlin.core.errors import HanlinError
 from hanlin.models.config import ModelConfig
 from hanlin.nn.attention import Cache
 
+CHUNK = 256  # room is allocated in multiples of this many tokens
+
 
 class ContiguousCache:
-    """Room for `slots` sequences of `capacity` tokens; grows nothing, checks its bounds."""
+    """Room for `slots` sequences of up to `capacity` tokens; memory is taken as the longest sequence grows."""
 
     def __init__(
         self, config: ModelConfig, *, slots: int, capacity: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
-        raise NotImplementedError
-
-    lengths: Tensor  # (slots,) int64
+        self.slots, self.capacity = slots, capacity
+        self.lengths = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.held = [0] * slots  # `lengths` again, where reading it never waits for the device
+        self._shapes = [(layer.attention.kv_heads, layer.attention.head_dim) for layer in config.layers]
+        self._dtype = dtype
+        self.room = 0
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self._make_room(1)
 
     def step(self, slots: Sequence[int], new: int) -> Cache:
         """The cache of one forward pass that appends `new` tokens to each of `slots`.
 
         Lengths advance when the step is made; a forward that failed is undone with `truncate`.
         """
-        raise NotImplementedError
+        longest = max(self.held[slot] for slot in slots) + new
+        if longest > self.capacity:
+            raise HanlinError(
+                f"A sequence of {longest} tokens does not fit: the cache holds {self.capacity} a sequence."
+            )
+        self._make_room(longest)
+        return _Step(self, slots, new)
 
     def truncate(self, slot: int, length: int) -> None:
         """Forget everything of a slot past `length` tokens (0 frees it)."""
-        raise NotImplementedError
+        if not 0 <= length <= self.held[slot]:
+            raise ValueError(f"slot {slot} holds {self.held[slot]} tokens, not {length}")
+        self.held[slot] = length
+        self.lengths[slot] = length
 
-    def move(self, source: int, target: int) -> None:
-        """Copy a sequence to another slot."""
-        raise NotImplementedError
+    def move(self, source: int, target: int, length: int | None = None) -> None:
+        """Copy a sequence, or its first `length` tokens, to another slot."""
+        length = self.held[source] if length is None else length
+        if length > self.held[source]:
+            raise ValueError(f"slot {source} holds {self.held[source]} tokens, not {length}")
+        if source != target:
+            for tensor in (*self.keys, *self.values):
+                tensor[target, :, :length] = tensor[source, :, :length]
+        self.held[target] = length
+        self.lengths[target] = length
+
+    def _make_room(self, length: int) -> None:
+        if length <= self.room:
+            return
+        grown = max(length, 2 * self.room)  # doubling: each token is moved less than twice on average
+        room = min(-(-grown // CHUNK) * CHUNK, self.capacity)
+        used, kept = max((s + 1 for s, n in enumerate(self.held) if n), default=0), max(self.held)
+        for tensors in (self.keys, self.values):
+            for layer, (kv_heads, head_dim) in enumerate(self._shapes):
+                # zeros: what lies past a row's end is masked, but a NaN left in memory would survive the mask
+                larger = torch.zeros(
+                    self.slots, kv_heads, room, head_dim, dtype=self._dtype, device=self.lengths.device
+                )
+                if used:
+                    larger[:used, :, :kept] = tensors[layer][:used, :, :kept]
+                if self.room:
+                    tensors[layer] = larger
+                else:
+                    tensors.append(larger)
+        self.room = room
+
+
+class _Step:
+    """One forward pass: where its tokens go, and what each row may see."""
+
+    def __init__(self, cache: ContiguousCache, slots: Sequence[int], new: int) -> None:
+        self._cache, self._new = cache, new
+        starts = [cache.held[slot] for slot in slots]
+        first, rows = slots[0], len(slots)
+        # consecutive slots are a view; others are gathered (a copy of their keys in every layer)
+        in_a_row = all(slot == first + i for i, slot in enumerate(slots))
+        self._rows = slice(first, first + rows) if in_a_row else torch.tensor(list(slots), device=cache.lengths.device)
+        self._low, self._high = min(starts), max(starts)
+        before = cache.lengths[self._rows][:, None]  # (rows, 1)
+        if new == 1:
+            self.positions = before.clone()
+        else:
+            self.positions = before + torch.arange(new, device=before.device)  # (rows, T)
+        self._level = self._low == self._high  # all rows at the same position: plain slices, fewer masks
+        cache.lengths[self._rows] += new
+        for slot in slots:
+            cache.held[slot] += new
+        self._bias: dict[int, Tensor | None] = {}
+        self._places: dict[int, Tensor] = {}
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None) -> Tensor:
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        self._write(keys, k)
+        self._write(values, v)
+        rows, new, heads, dim = q.shape
+        end = self._high + new
+        window = None if window is None or window >= end else window
+        if self._high == 0 and window is None:  # nothing came before: the step's own keys are all there is
+            out = F.scaled_dot_product_attention(
+                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+                is_causal=new > 1, scale=scale, enable_gqa=heads != k.shape[2],
+            )  # fmt: skip
+            return out.transpose(1, 2)
+        begin = 0 if window is None else max(0, self._low + 1 - window)  # the first key that any query may see
+        seen_k, seen_v = keys[self._rows, :, begin:end], values[self._rows, :, begin:end]  # (rows, kv_heads, L, D)
+        bias = self._mask(begin, end, window, q.dtype)
+        if new == 1:
+            tile = q.view(rows, seen_k.shape[1], -1, dim)  # (rows, kv_heads, heads / kv_heads, D)
+            out = F.scaled_dot_product_attention(tile, seen_k, seen_v, bias, scale=scale)
+            return out.reshape(rows, 1, heads, dim)
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2), seen_k, seen_v, bias, scale=scale, enable_gqa=heads != seen_k.shape[1]
+        )
+        return out.transpose(1, 2)
+
+    def _write(self, store: Tensor, new: Tensor) -> None:
+        """store (slots, kv_heads, room, D) <- new (rows, T, kv_heads, D)."""
+        if self._level and isinstance(self._rows, slice):
+            store[self._rows, :, self._low : self._low + self._new] = new.transpose(1, 2)
+            return
+        kv_heads, dim = new.shape[2:]
+        if kv_heads not in self._places:
+            slots = torch.arange(len(store), device=store.device)[self._rows]  # (rows,)
+            head = torch.arange(kv_heads, device=store.device)
+            place = (slots[:, None, None] * kv_heads + head) * self._cache.room + self.positions[..., None]
+            self._places[kv_heads] = place.flatten()  # (rows * T * kv_heads,)
+        store.view(-1, dim).index_copy_(0, self._places[kv_heads], new.reshape(-1, dim))
+
+    def _mask(self, begin: int, end: int, window: int | None, dtype: torch.dtype) -> Tensor | None:
+        """Additive (rows or 1, 1, T, L) for the keys at begin … end; None where every query sees them all."""
+        key = window or 0
+        if key not in self._bias:
+            self._bias[key] = None
+            if self._new > 1 or not self._level:
+                index = torch.arange(begin, end, device=self.positions.device)
+                position = (self.positions[:1] if self._level else self.positions)[:, None, :, None]
+                hidden = index > position
+                if window is not None:
+                    hidden |= index <= position - window
+                zeros = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+                self._bias[key] = zeros.masked_fill_(hidden, float("-inf"))
+        return self._bias[key]
