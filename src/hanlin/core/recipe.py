@@ -54,6 +54,6 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """The recipe as resolved, as YAML that `load` reads back to an equal value."""
-        import yaml
+        from hanlin.core.recipe_yaml import write_recipe
 
-        return yaml.safe_dump(self.model_dump(mode="json"), allow_unicode=True, sort_keys=False, width=120)
+        return write_recipe(self.model_dump(mode="json"))

@@ -60,7 +60,8 @@ def _mistake(
         choices = [name for section in sections(annotation_at(model, tree, path)) for name in kinds(section)]
         value = _child(tree, place).get(KIND) if isinstance(_child(tree, place), Mapping) else None
         said = f"is {value!r}" if value is not None else "is missing"
-        return f"{where}: `{dotted}.{KIND}` {said}; it is one of: {', '.join(choices)}."
+        where = f"--{dotted}.{KIND}:" if (*path, KIND) in flags else f"{where}: `{dotted}.{KIND}`"
+        return f"{where} {said}; it is one of: {', '.join(choices)}."
     if kind == "value_error":
         return f"{where}: {named.rstrip() + ': ' if named else ''}{detail['msg'].removeprefix('Value error, ')}."
     said = READABLE.get(kind) or detail["msg"].removeprefix("Input ").removeprefix("Value ")

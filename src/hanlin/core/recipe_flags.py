@@ -123,7 +123,7 @@ def print_help(model: type[BaseModel], tree: Mapping[str, Any], usage: str) -> N
 
     annotated: Any = Annotated  # of types known only now
     view: dict[str, Any] = {}
-    shown = [leaf for leaf in leaves(model, tree) if not _is_entry(model, leaf.path)]
+    shown = [leaf for leaf in leaves(model, tree) if not _is_entry(model, tree, leaf.path)]
     for leaf in shown:
         found = _child_at(tree, leaf.path)
         value = leaf.default if found is None else found
@@ -212,7 +212,7 @@ def suggest(model: type[BaseModel], tree: Mapping[str, Any], path: Sequence[str]
         return _other_variant(model, tree, tuple(path))
     near = difflib.get_close_matches(path[-1], beside, n=1, cutoff=0.6)
     whole = {".".join(place): place for place in sorted(known)}
-    places = [beside[near[0]]] if near else [place for place in sorted(known) if place[-1] == path[-1]]
+    places = [place for place in sorted(known) if place[-1] == path[-1]] or [beside[name] for name in near]
     if not places:
         places = [whole[name] for name in difflib.get_close_matches(".".join(path), whole, n=1, cutoff=0.75)]
     if places:
@@ -230,11 +230,10 @@ def _other_variant(model: type[BaseModel], tree: Mapping[str, Any], path: FieldP
     return "."
 
 
-def _is_entry(model: type[BaseModel], path: FieldPath) -> bool:
+def _is_entry(model: type[BaseModel], tree: Mapping[str, Any], path: FieldPath) -> bool:
     """Whether a path goes through a list or a dictionary."""
-    return annotation_at(model, {}, path) is None or any(
-        element(annotation_at(model, {}, path[:depth]), dict) is not None for depth in range(1, len(path))
-    )
+    around = (annotation_at(model, tree, path[:depth]) for depth in range(1, len(path)))
+    return any(element(annotation, list) or element(annotation, dict) for annotation in around)
 
 
 def _word(value: Any) -> str:

@@ -58,6 +58,22 @@ def read_recipe(path: Path) -> Source:
         loader.dispose()
 
 
+def write_recipe(tree: dict[str, Any]) -> str:
+    """A plain tree as YAML that reads back the same; Chinese stays readable."""
+    return yaml.dump(tree, Dumper=_Dumper, allow_unicode=True, sort_keys=False, width=120)
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML counts U+0085, U+2028 and U+2029 as line ends, which PyYAML forgets outside double quotes."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        quoted = any(character in data for character in "\x85\u2028\u2029\ufeff")
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style='"' if quoted else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
 def _note_lines(node: yaml.Node, place: Place, lines: dict[Place, int], path: Path, above: frozenset[int]) -> None:
     if id(node) in above:
         raise HanlinError(f"{path}, line {node.start_mark.line + 1}: an alias that contains itself.")
