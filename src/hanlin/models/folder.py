@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from hanlin.core.device import choose_device
 from hanlin.core.errors import HanlinError
 from hanlin.core.files import read_json, write_json
 from hanlin.models.config import ModelConfig
@@ -50,11 +51,9 @@ def load_model(
     held = _ours_by_theirs(config, folder)
     if dtype == "auto":
         dtype = _saved_dtype(json, held, folder)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device("meta"):  # nothing is drawn at random only to be overwritten
         model = Transformer(config).to(dtype)
-    model.to_empty(device=device)
+    model.to_empty(device=choose_device(str(device)))
     if config.tied_embeddings:  # memory that is newly given to each module unties them
         model.lm_head.weight = model.model.embed_tokens.weight
     _check_shapes(model, held, folder)
