@@ -170,7 +170,8 @@ def test_facts_come_from_the_documentation() -> None:
 
 def test_own_files_become_titled_passages(tmp_path: Path) -> None:
     (tmp_path / "guide.md").write_text(
-        "# Tea\n\nTea is made from leaves and hot water.\n\n## 茶\n\n茶是一种用叶子泡成的饮料，味道清香，很多人每天都喝。\n"
+        "# Tea\n\nTea is made from leaves and hot water.\n\n"
+        "## 茶\n\n茶是一种用叶子泡成的饮料，味道清香，很多人每天都喝。\n"
     )
     (tmp_path / "story.txt").write_text(
         "\n\n".join(f"Chapter {'abcdefgh'[i]}. " + "The road was long and dark. " * 20 for i in range(8))

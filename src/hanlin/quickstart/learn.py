@@ -4,28 +4,19 @@ The plan is made once and recorded. So a run that was killed goes on to the very
 minutes on a faster machine give a better model rather than a shorter wait.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hanlin.align.build import build_model, open_data, open_tokenizer, resolve_settings, train
 from hanlin.align.recipe import CausalLmObjective, SavedModel, SftObjective, Shards, TrainChoices, TrainRecipe
 from hanlin.core.errors import HanlinError
-from hanlin.quickstart.recipe import QuickstartRecipe, TimePlan
+from hanlin.quickstart.plan import plan_steps
+from hanlin.quickstart.recipe import QuickstartRecipe
 from hanlin.quickstart.stage import Done, run_stage
 from hanlin.train import CausalLM, Trainer
 
 TIMED = 5  # optimizer steps that are timed
-FEWEST = 8  # steps below which neither schedule makes sense
 CHECKPOINTS = 10  # during a stage
-
-
-@dataclass(frozen=True)
-class Steps:
-    """What the minutes allow."""
-
-    pretrain: int
-    sft: int
 
 
 def plan_stage(recipe: QuickstartRecipe, earlier: list[Done], *, quiet: bool) -> Done:
@@ -64,24 +55,6 @@ def plan_stage(recipe: QuickstartRecipe, earlier: list[Done], *, quiet: bool) ->
         }
 
     return run_stage(recipe.out, "5-plan", inputs, work, quiet=quiet)
-
-
-def plan_steps(
-    plan: TimePlan,
-    *,
-    minutes: float,
-    spent: float,
-    seconds_a_step: tuple[float, float],
-    steps_an_epoch: tuple[int, int],
-) -> Steps:
-    """Steps of (pretraining, instruction tuning) so that everything ends after `minutes`; spent: seconds so far."""
-    whole = minutes * 60
-    evaluation = min(plan.evaluation * whole, plan.longest_evaluation)
-    training = max(whole - spent - evaluation, plan.least_training * whole)
-    sft = min(plan.sft * training / seconds_a_step[1], plan.most_sft_epochs * max(1, steps_an_epoch[1]))
-    pretrain = (training - sft * seconds_a_step[1]) / seconds_a_step[0]
-    pretrain = min(pretrain, plan.most_epochs * max(1, steps_an_epoch[0]))
-    return Steps(max(FEWEST, int(pretrain)), max(FEWEST, int(sft)))
 
 
 def time_recipe(recipe: TrainRecipe) -> tuple[float, int, int]:

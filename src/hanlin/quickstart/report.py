@@ -1,4 +1,4 @@
-"""`report.md`: what was made, how well it does, how long it took, on which machine. Markdown, with `report.png` beside it."""
+"""`report.md`: what was made, how well it does, how long it took, on which machine; `report.png` beside it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
