@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from hanlin.core.errors import HanlinError
 from hanlin.core.recipe import Section
 
 
@@ -42,12 +43,19 @@ class Cosine(Section):
 
 
 class WSD(Section):
-    """Warm-up, stable, decay (MiniCPM, arXiv:2404.06395): constant until the last `decay` share, then linear to `floor`."""
+    """Warm-up, stable, decay (MiniCPM, arXiv:2404.06395): constant until the last `decay` share, then linear to
+    `floor`."""
 
     kind: Literal["wsd"] = "wsd"
     warmup: Annotated[float, Field(ge=0, le=1)] = 0.02
     decay: Annotated[float, Field(ge=0, le=1)] = 0.3
     floor: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _fits(self) -> "WSD":
+        if self.warmup + self.decay > 1:
+            raise ValueError(f"warmup {self.warmup} and decay {self.decay} together are more than the whole run")
+        return self
 
 
 class Constant(Section):
@@ -78,10 +86,13 @@ class LoopSettings(Section):
         None
     )
     keep_last: Annotated[int, Field(gt=0, description="checkpoints kept")] = 2
+    keep_best: Annotated[bool, Field(description="keep the checkpoint with the lowest eval/loss besides")] = False
     tensorboard: Annotated[bool, Field(description="write TensorBoard files too (extra: track)")] = False
 
     @model_validator(mode="after")
-    def _whole_micro_batches(self) -> "LoopSettings":
+    def _fitting(self) -> "LoopSettings":
+        if self.keep_best and self.eval_every is None:
+            raise ValueError("keep_best needs eval_every: without evaluation no checkpoint is the best")
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
@@ -101,3 +112,13 @@ class TrainSettings(LoopSettings):
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of `steps` and `epochs`")
         return self
+
+    def planned_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the whole run. steps_per_epoch: of the data; 0 if it is endless: then `epochs` is
+        refused."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        if steps_per_epoch == 0:
+            raise HanlinError("train.epochs is given, but this data has no end. Give train.steps instead.")
+        return max(1, round(self.epochs * steps_per_epoch))
