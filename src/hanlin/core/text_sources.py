@@ -1,8 +1,8 @@
 """Documents from the files people have: plain text, jsonl, json, parquet; each but parquet also as .gz or .zst.
 
     a text file      one document; with a separator ("\\n", "<|endoftext|>") one document a piece
-    jsonl, json      one document a row: the field `text`, or all that is said in `messages`, `conversations`, or Alpaca's
-    parquet          instruction, input and output
+    jsonl, json,     one document a row: the field `text`, or all that is said in `messages`, `conversations`, or
+    parquet          Alpaca's instruction, input and output
     a folder         its text files in the order of their names, subfolders included
 
 Files are streamed: a corpus may be larger than memory. Text is UTF-8, kept character for character (line ends too; only
@@ -31,7 +31,7 @@ Advance = Callable[[int], None]  # told how many bytes of the file on disk were 
 
 @dataclass(frozen=True)
 class Document:
-    """name: the file, and the row or piece in it (`news.jsonl:17`, from 1), so that an error can say which text it was."""
+    """name: the file, and the row or piece in it (`news.jsonl:17`, from 1): an error can say which text it was."""
 
     name: str
     text: str
@@ -142,8 +142,8 @@ def record_text(record: Any, field: str, place: str) -> str:
             parts = [record["instruction"], record.get("input"), record.get("output")]
             return "\n".join(part for part in parts if isinstance(part, str) and part)
     raise HanlinError(
-        f"{place} has no field {field!r}; its fields are {', '.join(map(repr, record)) or 'none'}. Expected a text in "
-        f"{field!r} (another name is given as the field), or `messages`, `conversations`, or `instruction` with `output`."
+        f"{place} has no field {field!r}; its fields are {', '.join(map(repr, record)) or 'none'}. Say which field holds "
+        "the text; where none is named, `text`, `messages`, `conversations` or Alpaca's `instruction` is expected."
     )
 
 
@@ -185,7 +185,7 @@ def unpacked(file: Path, advance: Advance | None = None) -> Iterator[bytes]:
                     data = unpack.decompress(chunk)
                 except Exception as error:  # zlib and zstandard each have their own
                     raise HanlinError(
-                        f"{file} cannot be unpacked near byte {read - len(chunk)}: {error}. Expected a whole {suffix} file."
+                        f"{file} cannot be unpacked near byte {read - len(chunk)}: {error}. Expected a sound {suffix}."
                     ) from error
                 chunk = unpack.unused_data if unpack.eof else b""
                 unpack = None if unpack.eof else unpack

@@ -1,0 +1,102 @@
+"""Chat templates: how messages become one text (Jinja, the dialect of `transformers`).
+
+A template is a program from a model folder, so it runs in Jinja's sandbox: no attributes that lead out, no change of
+what it is given. Blocks are trimmed as `transformers` does, and it may call `raise_exception` and `strftime_now`.
+"""
+
+import json
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+
+import jinja2
+from jinja2 import ext, nodes, sandbox
+from jinja2.parser import Parser
+
+from hanlin.core.errors import HanlinError
+
+CHATML = """\
+{%- for message in messages %}
+    {%- if message.role not in ['system', 'user', 'assistant'] %}
+        {{- raise_exception('The role is ' ~ message.role ~ '; expected system, user or assistant.') }}
+    {%- elif message.role == 'system' and not loop.first %}
+        {{- raise_exception('A system message stands first or nowhere.') }}
+    {%- elif message.content is not string %}
+        {{- raise_exception('The content of message ' ~ loop.index ~ ' is not text.') }}
+    {%- endif %}
+    {{- '<|im_start|>' ~ message.role ~ '\\n' ~ message.content ~ '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+
+
+class _Generation(ext.Extension):
+    """`{% generation %}` marks the assistant's words in some templates; here it prints its body and nothing else."""
+
+    tags = {"generation"}  # noqa: RUF012 - Jinja's own protocol
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def render(
+    template: str, messages: Sequence[Mapping[str, Any]], *, generate: bool, special: Mapping[str, str], **more: Any
+) -> str:
+    """The text of a conversation.
+
+    generate: end with the opening of the assistant's turn. special: `bos_token`, `eos_token` … as the template may name
+    them. more: further variables (`tools`, `enable_thinking` …). What the template refuses, or cannot do, is a
+    `HanlinError`.
+    """
+    with _explained("refuses these messages"):
+        return _compiled(template).render(
+            messages=list(messages),
+            add_generation_prompt=generate,
+            **{"tools": None, "documents": None, **more},
+            **special,
+        )
+
+
+@lru_cache(maxsize=16)
+def _compiled(template: str) -> jinja2.Template:
+    room = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols]
+    )
+    room.filters["tojson"] = _to_json
+    room.globals.update(raise_exception=_refuse, strftime_now=_now)
+    with _explained("is not valid Jinja"):
+        return room.from_string(template)
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own filter escapes for HTML; a prompt is not HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+@contextmanager
+def _explained(what: str) -> Generator[None]:
+    try:
+        yield
+    except jinja2.TemplateSyntaxError as error:
+        raise HanlinError(f"The chat template {what}: line {error.lineno}: {error.message}.") from error
+    except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        raise HanlinError(f"The chat template {what}: {str(error).rstrip('.')}.") from error
