@@ -4,11 +4,13 @@ Write to a temporary name in the same folder, fsync the file, rename over the ta
 A folder (a checkpoint) is written under a temporary name and renamed as a whole.
 """
 
+import ctypes
 import errno
 import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,7 +45,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Generator[Path]:
 def atomic_folder(path: str | os.PathLike[str]) -> Generator[Path]:
     """Yield a temporary folder; on success every file in it is fsynced and the folder is renamed to `path`.
 
-    An existing folder at `path` is replaced (moved aside first, then deleted).
+    An existing folder at `path` is exchanged with the new one in one step, then deleted. (Where the system has no such
+    step, macOS and Windows, there is a moment without either; never one with half of it.)
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -56,13 +59,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Generator[Path]:
             for file in temporary.rglob("*"):
                 _fsync(file)
             _fsync(temporary)
-            if target.exists():
-                old = target.with_name(f"{TEMPORARY}old-{os.getpid()}-{target.name}")
-                target.replace(old)
-                temporary.replace(target)
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                temporary.replace(target)
+            _move_folder(temporary, target)
             _fsync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -103,6 +100,23 @@ def file_hash(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file, hexadecimal, read in pieces."""
     with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _move_folder(new: Path, target: Path) -> None:
+    if not target.exists():
+        new.replace(target)
+    elif not _exchange(new, target):
+        old = target.with_name(f"{TEMPORARY}old-{os.getpid()}-{target.name}")
+        target.replace(old)
+        new.replace(target)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names atomically (Linux's renameat2); False where system or file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform.startswith("linux") else None
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2 is not None and renameat2(here, os.fsencode(one), here, os.fsencode(other), swap) == 0
 
 
 def _fsync(path: Path) -> None:

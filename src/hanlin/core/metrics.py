@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hanlin.core.files import write_text
+
 TRAIN_KEYS = ("step", "time", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "mfu")
 
 
@@ -24,14 +26,8 @@ class MetricsFile:
 
     def __init__(self, path: str | os.PathLike[str], *, resume_step: int | None = None) -> None:
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [] if resume_step is None else [r for r in read_metrics(self.path) if r.get("step", 0) <= resume_step]
-        temporary = self.path.with_name(f".partial-{self.path.name}")
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.writelines(_line(row) for row in kept)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(self.path)
+        write_text(self.path, "".join(_line(row) for row in kept))
         self._stream = self.path.open("a", encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
