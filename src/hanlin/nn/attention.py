@@ -102,16 +102,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Lowered, scale: float) -> Tens
     )
 
 
-def attend_dense(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """The plain form, for few queries over many keys (SDPA's tiles are slow for one query).
+def attend_packed(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Few queries over many keys: the query heads of one key head stand as rows of one matrix, so that each key is read
+    once and not once a query head (one token, 12 over 4 heads, 192 keys, bf16: 24 us against SDPA's grouped 116 us).
 
-    q (rows, T, heads, D), k and v (rows, kv_heads, L, D), bias broadcastable to (rows, 1, T, L) -> (rows, T, heads, D).
+    q (rows, T, heads, D), k and v (rows, kv_heads, L, D), bias (rows or 1, T, L) or None -> (rows, T, heads, D).
     """
     rows, length, heads, D = q.shape
-    K = k.shape[1]
-    grouped = q.view(rows, length, K, heads // K, D).permute(0, 2, 3, 1, 4).reshape(rows, K, -1, D)  # (rows, K, G*T, D)
-    scores = torch.matmul(grouped, k.transpose(-1, -2)).float().mul_(scale)  # (rows, K, G*T, L)
+    K, G = k.shape[1], q.shape[2] // k.shape[1]
+    grouped = q.view(rows, length, K, G, D).permute(0, 2, 3, 1, 4).reshape(rows, K, G * length, D)
     if bias is not None:
-        scores = (scores.view(rows, -1, length, scores.shape[-1]) + bias).view_as(scores)
-    out = torch.matmul(scores.softmax(-1).to(v.dtype), v)
-    return out.view(rows, K, heads // K, length, D).permute(0, 3, 1, 2, 4).reshape(rows, length, heads, D)
+        bias = bias[:, None, None].expand(-1, 1, G, -1, -1).reshape(len(bias), 1, G * length, -1)
+    out = F.scaled_dot_product_attention(grouped, k, v, bias, scale=scale)
+    return out.view(rows, K, G, length, D).permute(0, 3, 1, 2, 4).reshape(rows, length, heads, D)
