@@ -142,8 +142,8 @@ def record_text(record: Any, field: str, place: str) -> str:
             parts = [record["instruction"], record.get("input"), record.get("output")]
             return "\n".join(part for part in parts if isinstance(part, str) and part)
     raise HanlinError(
-        f"{place} has no field {field!r}; its fields are {', '.join(map(repr, record)) or 'none'}. Say which field holds "
-        "the text; where none is named, `text`, `messages`, `conversations` or Alpaca's `instruction` is expected."
+        f"{place} has no field {field!r}; its fields are {', '.join(map(repr, record)) or 'none'}. Say which field "
+        "holds the text; where none is named, `text`, `messages`, `conversations` or `instruction` is expected."
     )
 
 

@@ -68,9 +68,8 @@ def _compiled(template: str) -> jinja2.Template:
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols]
     )
     room.filters["tojson"] = _to_json
-    room.globals.update(raise_exception=_refuse, strftime_now=_now)
     with _explained("is not valid Jinja"):
-        return room.from_string(template)
+        return room.from_string(template, globals={"raise_exception": _refuse, "strftime_now": _now})
 
 
 def _refuse(message: str) -> None:
