@@ -22,6 +22,11 @@ READABLE = {
     "string_type": "should be text (write it in quotes)",
     "bool_parsing": "should be true or false",
     "bool_type": "should be true or false",
+    "float_parsing": "should be a number",
+    "float_type": "should be a number",
+    "int_parsing": "should be a whole number",
+    "int_type": "should be a whole number",
+    "int_from_float": "should be a whole number",
     "path_type": "should be a path",
 }
 
@@ -47,26 +52,25 @@ def _mistake(
     path = tuple(map(str, place))
     dotted = ".".join(path)
     by_flag = any(path[:depth] in flags for depth in range(1, len(path) + 1))
-    where = f"--{dotted}" if by_flag else source.where(place)
-    named = "" if by_flag or not dotted else f"`{dotted}` "
+    where = source.where(place)
+    head = f"`--{dotted}`" if by_flag else f"{where}: `{dotted}`"
     if kind == "extra_forbidden":
         return f"{where}: unknown `{dotted}`{suggest(model, tree, path)}"
     if too_few:
-        return f"{where}: {named}has too few values: {_short(detail['input'])}."
+        return f"{head} has too few values: {_short(detail['input'])}."
     if kind == "missing":
-        info = _description(model, tree, path)
-        return f"{source.where(place[:-1])}: `{dotted}` is missing{info}; write it in the file or give `--{dotted}`."
+        return f"{source.where(place[:-1])}: `{dotted}` is missing{_remedy(model, tree, path)}."
     if kind in ("union_tag_not_found", "union_tag_invalid"):
-        choices = [name for section in sections(annotation_at(model, tree, path)) for name in kinds(section)]
-        value = _child(tree, place).get(KIND) if isinstance(_child(tree, place), Mapping) else None
+        section = _child(tree, place)
+        value = section.get(KIND) if isinstance(section, Mapping) else None
         said = f"is {value!r}" if value is not None else "is missing"
-        where = f"--{dotted}.{KIND}:" if (*path, KIND) in flags else f"{where}: `{dotted}.{KIND}`"
-        return f"{where} {said}; it is one of: {', '.join(choices)}."
+        head = f"`--{dotted}.{KIND}`" if (*path, KIND) in flags else f"{where}: `{dotted}.{KIND}`"
+        return f"{head} {said}; it is one of: {', '.join(_kinds(model, tree, path))}."
     if kind == "value_error":
-        return f"{where}: {named.rstrip() + ': ' if named else ''}{detail['msg'].removeprefix('Value error, ')}."
+        return f"{head if path else where}: {detail['msg'].removeprefix('Value error, ').rstrip('.')}."
     said = READABLE.get(kind) or detail["msg"].removeprefix("Input ").removeprefix("Value ")
     said = f"it {said}" if said.startswith("should") else f"{said[:1].lower()}{said[1:]}"
-    return f"{where}: {named}is {_short(detail['input'])}; {said}."
+    return f"{head} is {_short(detail['input'])}; {said}."
 
 
 def _place(loc: tuple[int | str, ...], tree: Any, *, missing: bool) -> Place:
@@ -84,11 +88,16 @@ def _place(loc: tuple[int | str, ...], tree: Any, *, missing: bool) -> Place:
     return tuple(place)
 
 
-def _description(model: type[BaseModel], tree: Mapping[str, Any], path: tuple[str, ...]) -> str:
-    for leaf in leaves(model, tree):
-        if leaf.path == path and leaf.info.description:
-            return f" ({leaf.info.description})"
-    return ""
+def _remedy(model: type[BaseModel], tree: Mapping[str, Any], path: tuple[str, ...]) -> str:
+    flag = f"--{'.'.join(path)}"
+    if names := _kinds(model, tree, path):
+        return f"; write it in the file or begin with `{flag}.{KIND}` {' or '.join(names)}"
+    about = [leaf.info.description for leaf in leaves(model, tree) if leaf.path == path and leaf.info.description]
+    return f"{f' ({about[0]})' if about else ''}; write it in the file or give `{flag}`"
+
+
+def _kinds(model: type[BaseModel], tree: Mapping[str, Any], path: tuple[str, ...]) -> list[str]:
+    return [name for section in sections(annotation_at(model, tree, path)) for name in kinds(section)]
 
 
 def _child(tree: Any, place: Place) -> Any:
