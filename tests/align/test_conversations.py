@@ -42,7 +42,7 @@ PARTS = {"messages": [{"role": m.role, "content": [{"type": "text", "text": m.co
 
 def write(folder: Path, rows: list, name: str = "rows.json") -> Path:
     file = folder / name
-    file.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    file.write_text(json.dumps(rows), encoding="utf-8")
     return file
 
 
@@ -128,6 +128,7 @@ def says(role: str, content: object) -> dict:
         ({**OPENAI, "tools": [{"name": "f"}]}, "has `tools`", "text turns only"),
         ({"instruction": "", "output": "b"}, "both empty", ""),
         ({"instruction": "a", "output": ""}, "turn 2: the assistant's turn is empty", ""),
+        ({"instruction": "a", "output": "b\ud83d"}, "`output` holds half a character (the lone surrogate U+D83D)", ""),
         ({"instruction": 3, "output": "b"}, "`instruction` is a JSON number", "expected text"),
         ({"instruction": "a", "output": "b", "history": ["c"]}, "`history`", "[question, answer]"),
     ],
@@ -149,7 +150,7 @@ def test_bad_rows_can_be_skipped_and_are_listed(tmp_path):
     reading = read_conversations([write(tmp_path, [OPENAI, bad, OPENAI])], bad_rows="skip")
     assert [c.name for c in reading.conversations] == ["rows.json:1", "rows.json:3"]
     assert len(reading.skipped) == 1 and "row 2" in reading.skipped[0]
-    with pytest.raises(HanlinError, match="Every row was skipped; the first: .*row 1.*wizard"):
+    with pytest.raises(HanlinError, match=r"Every row was skipped; the first: .*row 1.*wizard"):
         read_conversations([write(tmp_path, [bad, bad])], bad_rows="skip")
 
 
@@ -160,7 +161,7 @@ def test_files_that_are_no_rows_at_all_are_explained(tmp_path):
         (b"[1, 2", "is not valid JSON"),
         (b"", "no rows"),
         (b"[]", "no rows"),
-        ("你好".encode("gb18030"), "is not UTF-8: byte 0 .line 1."),
+        ("你好".encode("gb18030"), "is not UTF-8: byte 0"),
     ]:
         broken.write_bytes(content)
         with pytest.raises(HanlinError, match=words):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hanlin.core.errors import HanlinError, require
+from hanlin.core.text_sources import decoded, kind
 
 Format = Literal["alpaca", "sharegpt", "openai"]
 
@@ -84,14 +85,14 @@ def read_conversations(
     skipped: list[str] = []
     for file in map(Path, files):
         before, unread = len(conversations), len(skipped)
-        kind: Format | None = None
+        form: Format | None = None
         for number, row in read_rows(file):
             where = f"{file}, row {number}"
             try:
                 if not isinstance(row, Mapping):
-                    raise RowError(f"{where} is a JSON {_kind(row)}, not an object. {EXPECTED}.")
-                kind = kind or detect_format(row, where)
-                conversations.append(Conversation(tuple(parse_row(row, kind, where)), f"{file.name}:{number}"))
+                    raise RowError(f"{where} is a JSON {_json_name(row)}, not an object. {EXPECTED}.")
+                form = form or detect_format(row, where)
+                conversations.append(Conversation(tuple(parse_row(row, form, where)), f"{file.name}:{number}"))
             except RowError as error:
                 if bad_rows == "stop":
                     raise RowError(
@@ -111,19 +112,14 @@ def read_rows(file: Path) -> Iterator[tuple[int, Any]]:
     """
     if not file.is_file():
         raise HanlinError(f"{file} does not exist or is no file; expected a .json, .jsonl or .parquet file of rows.")
-    if file.suffix == ".parquet":
-        table = require("pyarrow.parquet", "parquet").ParquetFile(file)
-        number = 0
-        for batch in table.iter_batches(1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
+    if kind(file) == ".parquet":
+        yield from enumerate(_parquet_rows(file), start=1)
         return
-    text = _read_text(file)
+    text = "".join(decoded(file))
     if text.lstrip()[:1] == "[":
         try:
             rows = json.loads(text)
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise HanlinError(f"{file} is not valid JSON: {error}.") from error
         yield from enumerate(rows, start=1)
         return
@@ -132,11 +128,21 @@ def read_rows(file: Path) -> Iterator[tuple[int, Any]]:
             continue
         try:
             yield number, json.loads(line)
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise HanlinError(
-                f"{file}, line {number} is not valid JSON: {error.msg} at column {error.colno}. Expected a JSON array "
-                "of rows, or one JSON object a line."
+                f"{file}, line {number} is not valid JSON: {error}. Expected a JSON array of rows, or one JSON object "
+                "a line."
             ) from error
+
+
+def _parquet_rows(file: Path) -> Iterator[Any]:
+    require("pyarrow", "parquet")
+    try:
+        with require("pyarrow.parquet", "parquet").ParquetFile(file) as table:
+            for batch in table.iter_batches(1024):
+                yield from batch.to_pylist()
+    except (OSError, ValueError) as error:
+        raise HanlinError(f"{file} is not a whole parquet file: {error}.") from error
 
 
 def detect_format(row: Mapping[str, Any], where: str) -> Format:
@@ -154,13 +160,13 @@ def detect_format(row: Mapping[str, Any], where: str) -> Format:
     raise RowError(f"{where} has the columns {_names(row)}. {EXPECTED}.")
 
 
-def parse_row(row: Mapping[str, Any], kind: Format, where: str) -> list[Message]:
+def parse_row(row: Mapping[str, Any], form: Format, where: str) -> list[Message]:
     """The messages of one row, checked."""
     _refuse_unsupported(row, where)
-    messages = _alpaca(row, where) if kind == "alpaca" else _turns(row, kind, where)
+    messages = _alpaca(row, where) if form == "alpaca" else _turns(row, form, where)
     system = row.get("system")
     if system is not None and not isinstance(system, str):
-        raise RowError(f"{where}: `system` is a JSON {_kind(system)}, expected text.")
+        raise RowError(f"{where}: `system` is a JSON {_json_name(system)}, expected text.")
     if system and system.strip():
         if messages and messages[0].role == "system":
             raise RowError(f"{where} has a system message both in `system` and in its turns; one of them must go.")
@@ -198,18 +204,18 @@ def _alpaca(row: Mapping[str, Any], where: str) -> list[Message]:
     return [*messages, Message("user", question), Message("assistant", _text(row["output"], where, "output"))]
 
 
-def _turns(row: Mapping[str, Any], kind: Format, where: str) -> list[Message]:
-    role_key, text_key = ("from", "value") if kind == "sharegpt" else ("role", "content")
+def _turns(row: Mapping[str, Any], form: Format, where: str) -> list[Message]:
+    role_key, text_key = ("from", "value") if form == "sharegpt" else ("role", "content")
     column = next((c for c in ("conversations", "messages") if c in row), None)
     turns = row[column] if column else None
     if not isinstance(turns, Sequence) or isinstance(turns, str):
-        found = f"`{column}` is a JSON {_kind(turns)}" if column else f"the columns are {_names(row)}"
+        found = f"`{column}` is a JSON {_json_name(turns)}" if column else f"the columns are {_names(row)}"
         raise RowError(f"{where}: {found}; expected a list of turns, as in the file's first row.")
     messages = []
     for place, turn in enumerate(turns, start=1):
         here = f"{where}, turn {place}"
         if not isinstance(turn, Mapping) or role_key not in turn:
-            found = f"has the keys {_names(turn)}" if isinstance(turn, Mapping) else f"is a JSON {_kind(turn)}"
+            found = f"has the keys {_names(turn)}" if isinstance(turn, Mapping) else f"is a JSON {_json_name(turn)}"
             raise RowError(f'{here} {found}; expected {{"{role_key}", "{text_key}"}}, as in the file\'s first row.')
         _refuse_unsupported(turn, here)
         name = turn[role_key]
@@ -226,6 +232,11 @@ def _turns(row: Mapping[str, Any], kind: Format, where: str) -> list[Message]:
 def _text(value: Any, where: str, column: str) -> str:
     """A string, or a list of text parts ({"type": "text", "text" or "value": ...}) joined."""
     if isinstance(value, str):
+        half = next((at for at, letter in enumerate(value) if "\ud800" <= letter <= "\udfff"), None)
+        if half is not None:  # JSON can spell it ("\\ud83d"), no encoding of text can hold it
+            raise RowError(
+                f"{where}: `{column}` holds half a character (the lone surrogate U+{ord(value[half]):04X}) at {half}."
+            )
         return value
     if isinstance(value, Sequence) and all(isinstance(part, Mapping) for part in value):
         kinds = {str(part.get("type")) for part in value} - {"text"}
@@ -233,8 +244,8 @@ def _text(value: Any, where: str, column: str) -> str:
             raise RowError(f"{where}: content of type {', '.join(sorted(kinds))} is not supported, only text.")
         texts = [part.get("text", part.get("value")) for part in value]
         if all(isinstance(text, str) for text in texts):
-            return "".join(texts)
-    raise RowError(f"{where}: `{column}` is a JSON {_kind(value)}, expected text.")
+            return _text("".join(texts), where, column)
+    raise RowError(f"{where}: `{column}` is a JSON {_json_name(value)}, expected text.")
 
 
 def _weight(turn: Mapping[str, Any], role: str, where: str) -> bool:
@@ -254,28 +265,7 @@ def _refuse_unsupported(row: Mapping[str, Any], where: str) -> None:
             raise RowError(f"{where} has `{key}`, which fine-tuning does not support yet (text turns only).")
 
 
-def _read_text(file: Path) -> str:
-    data = file.read_bytes()
-    if file.suffix == ".gz":
-        import gzip
-
-        data = gzip.decompress(data)
-    elif file.suffix == ".zst":
-        import io
-
-        import zstandard
-
-        data = zstandard.ZstdDecompressor().stream_reader(io.BytesIO(data)).read()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise HanlinError(
-            f"{file} is not UTF-8: byte {error.start} (line {line}) is 0x{data[error.start]:02x}. Save it as UTF-8."
-        ) from error
-
-
-def _kind(value: Any) -> str:
+def _json_name(value: Any) -> str:
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -148,8 +148,8 @@ def usual_lr(model: Path) -> tuple[float, str]:
     Ten times the rate of the last pretraining step, never above that run's peak: read from the metrics of the run that
     the folder belongs to. A schedule that ended (nearly) at zero counts as having ended at a hundredth of its peak.
     """
-    rates = [row["lr"] for row in read_metrics(model.parent / "metrics.jsonl") if row.get("lr")]
-    if not rates:
+    rates = [row["lr"] for row in read_metrics(model.parent / "metrics.jsonl") if row.get("lr") is not None]
+    if not any(rates):
         return FOREIGN_LR, f"the usual rate; no metrics.jsonl beside {model} tells how it was trained"
     peak = max(rates)
     rate = min(peak, 10 * max(rates[-1], peak / 100))
