@@ -189,10 +189,11 @@ def test_own_files_become_titled_passages(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("empty.txt", b"", "no text to learn from"),
+        ("empty.txt", b"", "the corpus is empty"),
+        ("symbols.txt", b"+ - * / = < > " * 20, "no text to learn from"),
         ("latin.txt", "caf\xe9 and more".encode("latin-1"), "not UTF-8: byte 3"),
-        ("rows.jsonl", b'{"text": "good enough to be read here"}\n{oops}\n', "line 2 is not valid JSON"),
-        ("rows.jsonl", b'{"other": 1}\n', 'expected a JSON object with "text"'),
+        ("rows.jsonl", b'{"text": "good enough to be read here"}\n{oops}\n', "rows.jsonl:2 is not valid JSON"),
+        ("rows.jsonl", b'{"other": 1}\n', "has no field 'text'"),
     ],
 )
 def test_unusable_own_text_is_explained(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -204,7 +205,7 @@ def test_unusable_own_text_is_explained(tmp_path: Path, name: str, content: byte
 def test_missing_own_text_is_explained(tmp_path: Path) -> None:
     with pytest.raises(HanlinError, match="does not exist"):
         own_files([tmp_path / "nothing"])
-    with pytest.raises(HanlinError, match="holds no file"):
+    with pytest.raises(HanlinError, match="holds no text"):
         own_files([tmp_path])
 
 

@@ -20,6 +20,7 @@ from hanlin.quickstart.instructions import Example, make_instructions
 from hanlin.quickstart.own_text import own_documents, own_files, own_fingerprint
 from hanlin.quickstart.recipe import QuickstartRecipe
 from hanlin.quickstart.stage import Done, run_stage
+from hanlin.tokens import Tokenizer
 
 
 def text_stage(recipe: QuickstartRecipe, *, quiet: bool) -> Done:
@@ -56,6 +57,19 @@ def instruction_stage(recipe: QuickstartRecipe, text: Done, *, quiet: bool) -> D
         return {"conversations": len(made.conversations), "counts": made.counts, "evaluated": len(made.evaluation)}
 
     return run_stage(recipe.out, "2-instructions", inputs, work, quiet=quiet)
+
+
+def tokenizer_stage(recipe: QuickstartRecipe, text: Done, instructions: Done, *, quiet: bool) -> Done:
+    """A tokenizer that has counted the instructions too: without them Chinese would fall apart into bytes."""
+    inputs = {"text": text.fingerprint, "instructions": instructions.fingerprint, "vocab_size": recipe.vocab_size}
+
+    def work(folder: Path) -> dict[str, Any]:
+        files = [text.folder / "train.jsonl", instructions.folder / "instructions.jsonl"]
+        tokenizer = Tokenizer.train(files, vocab_size=recipe.vocab_size, quiet=quiet)
+        tokenizer.save(folder)
+        return {"size": tokenizer.size}
+
+    return run_stage(recipe.out, "3-tokenizer", inputs, work, quiet=quiet)
 
 
 def read_evaluation(instructions: Done) -> list[Example]:

@@ -15,7 +15,8 @@ def draw_report(evaluation: Mapping[str, Any], pretrain: Sequence[dict], sft: Se
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 8), dpi=110, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(11, 8), dpi=110, facecolor="white")
+    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12, wspace=0.06, hspace=0.06)
     FigureCanvasAgg(figure)  # no window, no global state
     panels = figure.subplots(2, 2)
     draw_loss(panels[0][0], pretrain, "Pretraining: loss on the text", BLUE)
@@ -70,10 +71,10 @@ def draw_answers(axes: Any, evaluation: Mapping[str, Any]) -> None:
         places = [len(groups) - 1 - i + offset for i in range(len(groups))]
         drawn = axes.barh(places, shares, height=0.36, color=colour, label=name)
         axes.bar_label(drawn, fmt="%.0f %%", padding=3, fontsize=8, color=INK)
-    axes.set_yticks(range(len(groups) - 1, -1, -1), groups)
+    axes.set_yticks(range(len(groups) - 1, -1, -1), [group.replace(", ", ",\n") for group in groups])
     axes.set_xlim(0, 118)
     axes.set_xticks([0, 25, 50, 75, 100])
-    axes.legend(frameon=False, fontsize=9, loc="lower right", labelcolor=INK)
+    axes.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=2, labelcolor=INK)
     _dress(axes, "Exact answers after instruction tuning", grid="x")
 
 

@@ -40,7 +40,7 @@ def run_quickstart(recipe: QuickstartRecipe, *, quiet: bool = False) -> Made:
     plan = plan_stage(recipe, [text, instructions, tokenizer, shards], quiet=quiet)
     pretrain = pretrain_stage(recipe, plan, tokenizer, shards, quiet=quiet)
     sft = sft_stage(recipe, plan, instructions, tokenizer, pretrain, quiet=quiet)
-    evaluation = evaluation_stage(recipe, text, instructions, tokenizer, shards, pretrain, sft, quiet=quiet)
+    evaluation = evaluation_stage(recipe, text, instructions, tokenizer, pretrain, sft, quiet=quiet)
     stages = [text, instructions, tokenizer, shards, plan, pretrain, sft, evaluation]
     identity = identity_for(recipe)
     report, model = out / "report.md", out / "model"

@@ -38,7 +38,8 @@ class Document:
 
     @property
     def text(self) -> str:
-        return f"{self.head}\n\n{self.body}"
+        """Head and body; a passage that begins with its title does not say it twice."""
+        return self.body if self.body.startswith(self.head) else f"{self.head}\n\n{self.body}"
 
     def row(self) -> dict[str, str]:
         """The line of a jsonl file; `text` is what a model reads."""
@@ -46,7 +47,7 @@ class Document:
 
     @classmethod
     def from_row(cls, row: dict[str, str]) -> "Document":
-        body = row["text"][len(row["head"]) + 2 :]
+        body = row["text"].removeprefix(f"{row['head']}\n\n")
         return cls(row["name"], row["kind"], row["head"], body, row["group"])
 
 
