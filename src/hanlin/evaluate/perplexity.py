@@ -5,8 +5,9 @@
     bits per byte = nats / ln 2 / bytes of the predicted tokens   comparable with any model or compressor
 
 The convention, so that numerator and denominator agree: a document's first token has nothing before it and is not
-predicted, so neither its nats nor its bytes count. A special token (the end of a document) is predicted and its nats
-count, though it stands for no byte of text: a model pays for saying where a text ends. No token is predicted twice.
+predicted, so neither its nats nor its bytes count (unless the tokenizer puts a beginning token before it). A special
+token, such as the end of a document, is predicted and its nats count, though it stands for no byte of text: a model
+pays for saying where a text ends. No token is predicted twice.
 """
 
 import math
@@ -28,6 +29,8 @@ from hanlin.tokens import Tokenizer
 from hanlin.train.objective import document_mask
 
 TOKENS_AT_ONCE = 8192  # of one forward pass: enough to fill a matrix unit, little enough for a small machine
+
+LONG = 2048  # tokens of context past which more costs much and tells little, unless asked for
 
 
 @dataclass(frozen=True)
@@ -90,11 +93,16 @@ def evaluate_strings(
 ) -> HeldOut:
     """Loss over whole texts, each a document that ends with the tokenizer's end token, however long.
 
-    A window of `context` tokens (None: the model's `max_positions`) moves on by `stride` tokens (None: half of it), and
-    predicts only what no window before it has predicted, so each token is predicted once, with at least
-    `context - stride` tokens before it as soon as the text has them.
+    A window of `context` tokens (None: the model's `max_positions`, at most 2,048) moves on by `stride` tokens (None:
+    half of it), and predicts only what no window before it has predicted, so each token is predicted once, with at
+    least `context - stride` tokens before it as soon as the text has them.
     """
-    length = context or model.config.max_positions
+    most = model.config.max_positions
+    length = min(most, LONG) if context is None else context
+    if not 1 <= length <= most:
+        raise HanlinError(
+            f"The context is {length} tokens; it must be between 1 and the {most} that the model can see."
+        )
     step = max(1, length // 2) if stride is None else stride
     if not 1 <= step <= length:
         raise HanlinError(f"The stride is {step}; it must be between 1 and the context of {length} tokens.")
@@ -102,7 +110,7 @@ def evaluate_strings(
         window
         for text in texts
         if text
-        for window in _windows([*tokenizer.encode(text), tokenizer.eos_id], length, step)
+        for window in _windows([*tokenizer.prompt(text), tokenizer.eos_id], length, step)
     )
     return _measure(model, _batches(windows), tokenizer, title="evaluate", quiet=quiet)
 
@@ -153,11 +161,10 @@ def _measure(
 def count_bytes(ids: Tensor, tokenizer: Tokenizer, lengths: dict[int, int]) -> int:
     """Bytes of text that tokens (n,) stand for; special tokens stand for none. lengths: filled as they are found."""
     values, counts = ids.unique(return_counts=True)
-    total = 0
+    special, total = set(tokenizer.special.values()), 0
     for token, count in zip(values.tolist(), counts.tolist(), strict=True):
         if token not in lengths:
-            special = tokenizer.decode([token], skip_special=True) == ""
-            lengths[token] = 0 if special else len(tokenizer.token_bytes(token))
+            lengths[token] = 0 if token in special else len(tokenizer.token_bytes(token))
         total += lengths[token] * count
     return total
 

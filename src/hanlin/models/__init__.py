@@ -1,7 +1,7 @@
 """One `Transformer` built from a `ModelConfig`; one short file a family; folders in the Hugging Face layout."""
 
 from hanlin.models.config import AttentionConfig, FeedForwardConfig, LayerConfig, ModelConfig
-from hanlin.models.folder import load_config, load_model, save_model
+from hanlin.models.folder import load_config, load_model, save_model, stored_dtype
 from hanlin.models.transformer import Output, Transformer
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "load_config",
     "load_model",
     "save_model",
+    "stored_dtype",
 ]

@@ -61,6 +61,13 @@ def load_model(
     return model.eval()
 
 
+def stored_dtype(path: str | os.PathLike[str]) -> torch.dtype:
+    """What `dtype="auto"` means for this folder: what `config.json` says, else that of the stored weights."""
+    folder, json = _read_config(path)
+    held = {} if _named_dtype(json) else _ours_by_theirs(load_config(folder), folder)
+    return _saved_dtype(json, held, folder)
+
+
 def save_model(model: Transformer, path: str | os.PathLike[str], *, shard_bytes: int = 5_000_000_000) -> None:
     """Write `model.safetensors`, `generation_config.json` and `config.json` into folder `path`, each atomically and in
     this order, so that a new folder counts as a model (has a `config.json`) only when it is whole.
@@ -119,8 +126,12 @@ def _ours_by_theirs(config: ModelConfig, folder: Path) -> dict[str, tuple[str, P
     }
 
 
+def _named_dtype(json: dict[str, Any]) -> str | None:
+    return json.get("dtype") or json.get("torch_dtype")
+
+
 def _saved_dtype(json: dict[str, Any], held: dict[str, tuple[str, Path]], folder: Path) -> torch.dtype:
-    named = json.get("dtype") or json.get("torch_dtype")
+    named = _named_dtype(json)
     if named is None:
         files = {theirs: file for theirs, (ours, file) in held.items() if ours == EMBEDDING}
         return next((tensor.dtype for _, tensor in read_weights(files)), torch.float32)
