@@ -1,8 +1,8 @@
 """`Batch` is what a model sees; `BatchSource` is what a trainer asks.
 
-Batch order is a function of (seed, global step) alone. A source is asked for *rows of a step*, not for "the next batch":
-row r of step s is the same whoever asks, in whatever order, with however many workers, ranks or micro-batches. So the
-data position of a checkpoint is its step, and resuming needs no replay.
+Batch order is a function of (seed, global step) alone. A source is asked for *rows of a step*, not for "the next
+batch": row r of step s is the same whoever asks, in whatever order, with however many workers, ranks or micro-batches.
+So the data position of a checkpoint is its step, and resuming needs no replay.
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ class Batch:
 
     @property
     def one_document_a_row(self) -> bool:
-        """No row holds a border, so the plain causal mask is exact (padding stands at the end, where it harms nobody)."""
+        """No row holds a border, so the plain causal mask is exact (padding stands at the end and harms nobody)."""
         return bool((self.documents <= 0).all())
 
     def rows(self, start: int, stop: int) -> "Batch":
