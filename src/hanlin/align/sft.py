@@ -19,7 +19,7 @@ from pathlib import Path
 from hanlin.align.conversations import Conversation
 from hanlin.core.errors import HanlinError
 from hanlin.core.metrics import read_metrics
-from hanlin.data.packing import Example
+from hanlin.data.examples import Example
 from hanlin.tokens import Tokenizer
 
 COVER = 0.995  # share of the conversations that the automatic sequence length holds whole

@@ -1,0 +1,187 @@
+"""Recipe → parts → `Trainer` → model folder: `train(recipe)` is `hanlin train` and the quickstart's training stages.
+
+What a recipe leaves open (the sequence length, the epochs, the learning rate, how often to evaluate) is decided here,
+from the data and the model that it starts from, said in one line each, and written to the run's `recipe.yaml`.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import yaml
+
+from hanlin.align.recipe import NewModel, TrainRecipe
+from hanlin.align.sft import usual_lr
+from hanlin.align.sources import Data, open_data, open_tokenizer
+from hanlin.core.errors import HanlinError
+from hanlin.core.files import atomic_folder, write_text
+from hanlin.core.progress import say
+from hanlin.core.runs import Run
+from hanlin.core.seeds import seed_everything
+from hanlin.data.batch import BatchSource
+from hanlin.evaluate.perplexity import evaluate_text
+from hanlin.models import (
+    AttentionConfig,
+    FeedForwardConfig,
+    ModelConfig,
+    Transformer,
+    load_model,
+    save_model,
+)
+from hanlin.tokens import Tokenizer
+from hanlin.train import CausalLM, Trainer, TrainSettings
+from hanlin.train.trainer import Evaluate, TrainResult
+
+PRETRAIN_LR = 1e-3  # the usual peak of AdamW for models of some million parameters
+EVALUATIONS = 10  # during a run, where held-out data is given and `eval_every` is not
+
+
+def train(recipe: TrainRecipe, *, quiet: bool = False) -> TrainResult:
+    """Train as the recipe says, in its run folder, from the newest checkpoint there if there is one.
+
+    When the run is finished the model folder `runs/NAME/model` (weights, tokenizer, chat template, generation config)
+    is written; `finished=False` in the result means that a signal ended the run early, with a checkpoint.
+    """
+    seed_everything(recipe.seed)
+    tokenizer = open_tokenizer(recipe)
+    data = open_data(recipe, tokenizer)
+    settings, notes = resolve_settings(recipe, data)
+    for note in (*data.notes, *notes):
+        say(note, quiet=quiet)
+    resolved = resolve_recipe(recipe, data, settings)
+    run = open_run(recipe.out, resolved)
+    model = build_model(recipe, tokenizer, data.seq_len)
+    say(f"{model.parameter_count() / 1e6:.2f} million parameters", quiet=quiet)
+    trainer = Trainer(
+        model,
+        CausalLM(),
+        data.source,
+        settings,
+        run=run,
+        seed=recipe.seed,
+        evaluate=held_out_loss(data.held_out, tokenizer, recipe.objective.held_out_rows),
+        title=recipe.name,
+        quiet=quiet,
+    )
+    result = trainer.fit()
+    write_text(run.recipe, resolved.to_yaml())
+    if result.finished:
+        save_model_folder(model, tokenizer, run.model)
+    return result
+
+
+def resolve_settings(recipe: TrainRecipe, data: Data) -> tuple[TrainSettings, list[str]]:
+    """The complete settings of the loop, and a line for each that was decided here."""
+    choice = recipe.train.model_dump()
+    notes = []
+    if recipe.train.steps is None and recipe.train.epochs is None:
+        if data.epochs is None:
+            raise HanlinError(
+                "How long to train? Give `train.steps` (optimizer steps) or `train.epochs` (passes over the data)."
+            )
+        choice["epochs"] = data.epochs
+        notes.append(f"epochs: {data.epochs:g} (the usual number for this many conversations)")
+    if recipe.train.lr is None:
+        rate, why = PRETRAIN_LR, "the usual peak for a small model from random weights"
+        if not isinstance(recipe.model, NewModel):
+            rate, why = usual_lr(recipe.model.path)
+        choice["lr"] = rate
+        notes.append(f"learning rate: {rate:g} ({why})")
+    if recipe.train.eval_every is not None and data.held_out is None:
+        raise HanlinError("`train.eval_every` is set, but there is nothing to evaluate on: give `objective.held_out`.")
+    settings = TrainSettings.model_validate(choice)
+    if settings.eval_every is None and data.held_out is not None:
+        steps = settings.planned_steps(data.source.steps_per_epoch)
+        settings = settings.model_copy(update={"eval_every": max(1, steps // EVALUATIONS)})
+    return settings, notes
+
+
+def resolve_recipe(recipe: TrainRecipe, data: Data, settings: TrainSettings) -> TrainRecipe:
+    """The recipe with nothing left open: what `recipe.yaml` of the run folder holds."""
+    raw = recipe.model_dump()
+    raw["train"] = settings.model_dump()
+    raw["objective"]["seq_len"] = data.seq_len
+    return type(recipe).model_validate(raw)
+
+
+def open_run(out: Path, resolved: TrainRecipe) -> Run:
+    """The run folder with its `recipe.yaml`.
+
+    A folder with checkpoints keeps its recipe until the `Trainer` has agreed to continue them (it refuses other data,
+    another model or other settings). What it cannot see is checked here: from which weights the run set out.
+    """
+    run = Run.open(out)
+    if not run.checkpoints():
+        write_text(run.recipe, resolved.to_yaml())
+    elif run.recipe.exists():
+        before = yaml.safe_load(run.recipe.read_text(encoding="utf-8")).get("model")
+        now = resolved.model.model_dump(mode="json")
+        if before != now:
+            raise HanlinError(
+                f"{out} was begun from another model ({before}, now {now}), so it cannot be continued with this "
+                f"recipe. Give the new run another `name`, or delete {out} to begin again."
+            )
+    return run
+
+
+def build_model(recipe: TrainRecipe, tokenizer: Tokenizer, seq_len: int) -> Transformer:
+    """The model to train, with fp32 weights: new, or the saved one."""
+    if isinstance(recipe.model, NewModel):
+        return Transformer(with_token_ids(new_config(recipe.model, tokenizer, seq_len), tokenizer))
+    model = load_model(recipe.model.path, dtype=torch.float32, device="cpu")
+    if model.config.vocab_size < tokenizer.size:
+        raise HanlinError(
+            f"The tokenizer has {tokenizer.size} tokens, but the model in {recipe.model.path} knows only "
+            f"{model.config.vocab_size}. Use the tokenizer that the model was trained with."
+        )
+    model.config = with_token_ids(model.config, tokenizer)
+    return model
+
+
+def new_config(new: NewModel, tokenizer: Tokenizer, seq_len: int) -> ModelConfig:
+    """The configuration of a new model for this tokenizer."""
+    return ModelConfig.uniform(
+        new.family,
+        depth=new.depth,
+        attention=AttentionConfig(
+            heads=new.heads,
+            kv_heads=new.kv_heads,
+            head_dim=new.head_dim or new.width // new.heads,
+            qkv_bias=new.family == "qwen2",
+            qk_norm=new.family == "qwen3",
+            window=new.window,
+        ),
+        feed_forward=FeedForwardConfig(new.hidden),
+        vocab_size=tokenizer.size,
+        width=new.width,
+        max_positions=new.max_positions or seq_len,
+        rope_theta=new.rope_theta,
+        tied_embeddings=new.tied,
+    )
+
+
+def with_token_ids(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """The config with the tokens at which generation ends, for `config.json` and `generation_config.json`."""
+    ids = {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}
+    generation = {**config.extra.get("generation_config", {}), **ids}
+    return replace(config, extra={**config.extra, **ids, "generation_config": generation})
+
+
+def held_out_loss(source: BatchSource | None, tokenizer: Tokenizer, rows: int) -> Evaluate | None:
+    """An evaluation for the `Trainer`: loss, perplexity and bits per byte on held-out rows."""
+    if source is None:
+        return None
+
+    def evaluate(model: Transformer, step: int) -> dict[str, float]:
+        found = evaluate_text(model, source, tokenizer=tokenizer, max_rows=rows)
+        values = {"eval/loss": found.loss, "eval/perplexity": found.perplexity}
+        return values if found.bits_per_byte is None else {**values, "eval/bits_per_byte": found.bits_per_byte}
+
+    return evaluate
+
+
+def save_model_folder(model: Transformer, tokenizer: Tokenizer, path: Path) -> None:
+    """Weights, config and tokenizer in one folder, whole or not at all."""
+    with atomic_folder(path) as folder:
+        save_model(model, folder)
+        tokenizer.save(folder)
