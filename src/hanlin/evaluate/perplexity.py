@@ -14,7 +14,6 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 
 import torch
 from torch import Tensor
@@ -170,32 +169,18 @@ def count_bytes(ids: Tensor, tokenizer: Tokenizer, lengths: dict[int, int]) -> i
 
 
 def _epoch(source: BatchSource, max_rows: int | None) -> Iterator[Batch]:
-    """Rows of one epoch, each once, a few at a time. An epoch's last step may be filled up with rows of the next one:
-    those were seen, and are left out."""
-    steps, width = source.steps_per_epoch, source.rows_per_step
-    if not steps and max_rows is None:
+    """Rows of one epoch, a few at a time. A source that knows its `rows_per_epoch` gives each once; of another, such as
+    a mixture, one epoch is its whole steps."""
+    rows = getattr(source, "rows_per_epoch", None) or source.steps_per_epoch * source.rows_per_step
+    if max_rows is not None:
+        rows = min(rows or max_rows, max_rows)
+    if not rows:
         raise HanlinError("This source has no end: say how many of its rows to evaluate (max_rows).")
-    rows = steps * width if max_rows is None else max_rows if not steps else min(max_rows, steps * width)
-    seen: set[bytes] = set()
-    for step in range(math.ceil(rows / width)):
-        whole = source.batch(step, 0, min(width, rows - step * width))
-        keys = [_row_key(whole, i) for i in range(len(whole))]
-        last = step == steps - 1
-        fresh = [i for i, key in enumerate(keys) if not (last and (key in seen or key in keys[:i]))]
-        seen.update(keys)
-        some = max(1, TOKENS_AT_ONCE // whole.ids.shape[1])
-        for start in range(0, len(fresh), some):
-            yield _pick(whole, fresh[start : start + some])
-
-
-def _row_key(batch: Batch, row: int) -> bytes:
-    names = batch.names[row] if batch.names else ()
-    whole = (batch.ids[row].numpy().tobytes(), batch.targets[row].numpy().tobytes(), "\n".join(names).encode())
-    return blake2b(b"".join(whole), digest_size=16).digest()
-
-
-def _pick(batch: Batch, rows: list[int]) -> Batch:
-    return Batch(batch.ids[rows], batch.targets[rows], batch.positions[rows], batch.documents[rows])
+    for first in range(0, rows, source.rows_per_step):
+        step = source.batch(first // source.rows_per_step, 0, min(source.rows_per_step, rows - first))
+        some = max(1, TOKENS_AT_ONCE // step.ids.shape[1])
+        for start in range(0, len(step), some):
+            yield step.rows(start, start + some)
 
 
 def _windows(ids: list[int], length: int, stride: int) -> Iterator[tuple[list[int], int]]:

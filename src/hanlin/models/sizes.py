@@ -10,9 +10,9 @@ from hanlin.models.transformer import Transformer
 
 PARTS = {  # how a part's parameters are named
     "embedding": ("model.embed_tokens.",),
-    "attention": (".self_attn.",),
+    "attention": (".q_proj.", ".k_proj.", ".v_proj.", ".o_proj."),
     "feed-forward": (".mlp.",),
-    "norms": ("layernorm.", "model.norm."),
+    "norms": ("norm.",),
     "head": ("lm_head.",),
 }
 
