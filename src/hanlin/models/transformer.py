@@ -6,7 +6,7 @@ Module names are the Hugging Face names, so a checkpoint needs no translation fo
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -122,7 +122,7 @@ class Transformer(nn.Module):
         lowered: dict[int | None, Lowered] = {}
         base = mask or Causal()
         for layer in self.model.layers:
-            a: Attention = layer.self_attn
+            a = cast(Attention, layer.self_attn)
             if a.head_dim not in ropes:
                 ropes[a.head_dim] = rope_tables(positions, self._frequencies(a.head_dim), dtype)
             if cache is None and a.window not in lowered:

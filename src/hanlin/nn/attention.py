@@ -8,7 +8,6 @@ a paged or a tiered cache can each read its own layout. Without a cache it is `a
 
 from typing import Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

@@ -10,7 +10,7 @@ from hanlin.nn.linear import Linear, PackedLinear
 
 
 class SwiGLU(PackedLinear):
-    """gate and up are one product over a shared buffer; the activation's backward recomputes silu instead of keeping it."""
+    """gate and up are one product over a shared buffer; the activation's backward recomputes silu."""
 
     packed = ("gate_proj", "up_proj")
 

@@ -8,7 +8,7 @@ the named parameters are views: one matrix product instead of three, while the c
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 
 class Linear(nn.Linear):
-    """`x W^T + b` with W and b cast to the dtype of x."""
+    """`x W^T + b` with W and b cast to the dtype of x (`input`)."""
 
-    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+    def forward(self, input: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(input, self.weight.to(input.dtype), bias)
 
 
 class PackedLinear(nn.Module):
@@ -51,7 +51,7 @@ class PackedLinear(nn.Module):
 
     def project(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., sum of the children's outputs), one matrix product."""
-        layers = [self.get_submodule(name) for name in self.packed]
+        layers = [cast(Linear, self.get_submodule(name)) for name in self.packed]
         weight = self._joined("weight", [layer.weight for layer in layers])
         bias = None if layers[0].bias is None else self._joined("bias", [layer.bias for layer in layers])
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
