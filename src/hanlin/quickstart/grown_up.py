@@ -8,6 +8,7 @@ import os
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from hanlin.core.files import atomic_folder
 from hanlin.core.progress import say
@@ -63,7 +64,8 @@ def convert(weights: Path, folder: Path) -> None:
         save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
         model.config.save_pretrained(temporary)
         model.generation_config.save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(place, gguf_file=weights.name, local_files_only=True).save_pretrained(temporary)
+        tokenizer: Any = AutoTokenizer.from_pretrained(place, gguf_file=weights.name, local_files_only=True)
+        tokenizer.save_pretrained(temporary)
 
 
 def _weights() -> Path | None:
