@@ -6,16 +6,14 @@ from hanlin.core.errors import HanlinError
 EXAMPLES = [
     "hanlin data build recipes/data.yaml",
     "hanlin data build recipes/data.yaml --out runs/more --shard-mb 16",
-    "hanlin data preview recipes/sft.yaml",
+    "hanlin data preview recipes/sft-tiny.yaml --rows 2",
 ]
 
 
 def main(argv: list[str]) -> None:
     """Run `hanlin data`."""
     if argv and argv[0] == "preview":
-        from hanlin.align.preview import main as preview
-
-        preview(argv[1:])
+        _preview(argv[1:])
     elif argv and argv[0] == "build":
         _build(argv[1:])
     else:
@@ -42,3 +40,27 @@ def _build(argv: list[str]) -> None:
         f"{recipe.out}: {shards.documents:,} documents, {shards.tokens:,} tokens in {len(shards.shards)} shards, "
         f"{shards.text_bytes / shards.tokens:.2f} bytes a token"
     )
+
+
+def _preview(argv: list[str]) -> None:
+    parser = make_parser(
+        "data preview",
+        "Print one batch of a training recipe in two colours, before anything is trained: tokens that the model is\n"
+        "asked to produce, and tokens that it only reads. Values of the recipe can be given as --key.path value.",
+        examples=[
+            "hanlin data preview recipes/sft-tiny.yaml",
+            "hanlin data preview recipes/pretrain-tiny.yaml --rows 1",
+        ],
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="recipe of `hanlin train`")
+    parser.add_argument("--rows", type=int, metavar="N", help="rows to print (default: the whole batch)")
+    parser.add_argument("--step", type=int, default=0, metavar="N", help="which batch, from 0 (default: the first)")
+    options, overrides = parser.parse_known_args(argv)
+    if options.step < 0 or (options.rows is not None and options.rows < 1):
+        raise HanlinError("--rows is at least 1 and --step at least 0.")
+
+    from hanlin.align.preview import preview
+    from hanlin.align.recipe import TrainRecipe
+
+    recipe = TrainRecipe.load(options.recipe, overrides, usage="hanlin data preview RECIPE")
+    preview(recipe, step=options.step, rows=options.rows)
