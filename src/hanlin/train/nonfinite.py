@@ -27,24 +27,25 @@ def explain_nonfinite(
 ) -> NonFiniteError:
     """The error for optimizer step `step` (1-based), after trying every row alone to find the ones at fault."""
     rows = [part.rows(i, i + 1) for part in parts for i in range(len(part))]
-    bad = [index for index, row in enumerate(rows) if not _finite_alone(model, objective, row.to(device))]
+    taught = [index for index, row in enumerate(rows) if any(objective.count(row).values())]
+    bad = [index for index in taught if not _finite_alone(model, objective, rows[index].to(device))]
     if not bad:
         culprit = "Each row's loss alone is finite"
-    elif len(bad) == len(rows):
-        culprit = (
-            "Every row's loss alone is non-finite too, so the weights have diverged or no document is at fault alone"
-        )
+    elif len(bad) == len(taught):
+        culprit = "Every row's loss alone is non-finite too, so it is the weights that have diverged, not one document"
     else:
         culprit = (
             f"Alone, {_few([f'row {i}' for i in bad])} of {len(rows)} {'is' if len(bad) == 1 else 'are'} non-finite"
         )
-    blamed = bad or range(len(rows))
-    names = list(dict.fromkeys(name for i in blamed for per_row in rows[i].names for name in per_row))
-    documents = f"documents: {_few(names)}" if names else "the batch names no documents"
-    return NonFiniteError(
+    names = list(dict.fromkeys(name for i in bad or taught for per_row in rows[i].names for name in per_row))
+    sentences = [
         f"Step {step}: the loss is {loss:g} and the gradient's norm {norm:g}; training stopped before the weights were "
-        f"touched. {culprit} ({documents}). {last_good} Look at these documents, lower train.lr, or set train.clip."
-    )
+        "touched.",
+        f"{culprit} ({'documents: ' + _few(names) if names else 'the batch names no documents'}).",
+        last_good,
+        "Look at these documents, lower train.lr, or set train.clip.",
+    ]
+    return NonFiniteError(" ".join(filter(None, sentences)))
 
 
 @torch.no_grad()

@@ -64,8 +64,7 @@ def refuse_other_length(settings: TrainSettings, step: int, saved_steps: int, st
         raise HanlinError(
             f"{folder} was made by a run of {saved_steps} steps, now it is {steps}: with the schedule "
             f"{schedule.kind!r} the {step} steps already made would have had other learning "
-            "rates. Set the length back to continue, or "
-            "choose another run folder to start afresh."
+            "rates. Set the length back to continue, or choose another run folder to start afresh."
         )
 
 

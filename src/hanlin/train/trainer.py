@@ -83,7 +83,7 @@ class Trainer:
         self.model = model.to(self.device)
         widen_weights(self.model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.keeper = Keeper(run, self.ranks, keep_last=settings.keep_last, notice=self._say) if run else None
+        self.keeper = Keeper(run, self.ranks, keep_last=settings.keep_last, notice=say) if run else None
         self.state, self.meter = TrainState(), Meter()
         self._use_precision(choose_dtype(settings.precision, self.device))
 
