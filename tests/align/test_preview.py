@@ -48,7 +48,7 @@ def test_a_pipe_gets_marks_borders_special_tokens_and_counts(recipe):
     assert "<|pad|>" not in text
     batch = open_data(recipe, open_tokenizer(recipe)).source.batch(0)
     assert f"{int((batch.targets != -100).sum())} tokens trained" in text
-    assert "1 rows of 128 tokens, 2 documents" in text
+    assert "1 x 128 tokens, 2 documents" in text
 
 
 def test_a_terminal_gets_two_colours_and_no_marks(recipe):

@@ -32,7 +32,7 @@ from hanlin.tokens import Tokenizer
 from hanlin.train import CausalLM, Trainer, TrainSettings
 from hanlin.train.trainer import Evaluate, TrainResult
 
-PRETRAIN_LR = 1e-3  # the usual peak of AdamW for models of some million parameters
+USUAL_PEAK = {"adamw": 1e-3, "muon": 4e-3}  # rates for models of some million parameters
 EVALUATIONS = 10  # during a run, where held-out data is given and `eval_every` is not
 
 
@@ -44,7 +44,7 @@ def train(recipe: TrainRecipe, *, quiet: bool = False) -> TrainResult:
     """
     seed_everything(recipe.seed)
     tokenizer = open_tokenizer(recipe)
-    data = open_data(recipe, tokenizer)
+    data = open_data(recipe, tokenizer, quiet=quiet)
     settings, notes = resolve_settings(recipe, data)
     for note in (*data.notes, *notes):
         say(note, quiet=quiet)
@@ -82,9 +82,12 @@ def resolve_settings(recipe: TrainRecipe, data: Data) -> tuple[TrainSettings, li
         choice["epochs"] = data.epochs
         notes.append(f"epochs: {data.epochs:g} (the usual number for this many conversations)")
     if recipe.train.lr is None:
-        rate, why = PRETRAIN_LR, "the usual peak for a small model from random weights"
+        kind = recipe.train.optimizer.kind
+        rate, why = USUAL_PEAK[kind], f"the usual peak of {kind} for a small model"
         if not isinstance(recipe.model, NewModel):
-            rate, why = usual_lr(recipe.model.path)
+            known, reason = usual_lr(recipe.model.path)
+            if known <= rate:  # more would be another optimiser's rate
+                rate, why = known, reason
         choice["lr"] = rate
         notes.append(f"learning rate: {rate:g} ({why})")
     if recipe.train.eval_every is not None and data.held_out is None:

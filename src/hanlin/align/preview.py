@@ -86,7 +86,7 @@ def counts(batch: Batch) -> list[str]:
     trained = int((batch.targets != IGNORE).sum())
     documents = sum(int(row.max()) + 1 for row in batch.documents)
     return [
-        f"{len(batch)} rows of {batch.ids.shape[1]} tokens, {documents} documents",
+        f"{len(batch)} x {batch.ids.shape[1]} tokens, {documents} documents",
         f"{trained:,} tokens trained ({trained / max(batch.tokens, 1):.0%} of those read), "
         f"{batch.tokens - trained:,} only read, {places - batch.tokens:,} padding ({1 - batch.tokens / places:.0%})",
     ]

@@ -19,6 +19,7 @@ from pathlib import Path
 from hanlin.align.conversations import Conversation
 from hanlin.core.errors import HanlinError
 from hanlin.core.metrics import read_metrics
+from hanlin.core.progress import Progress
 from hanlin.data.examples import Example
 from hanlin.tokens import Tokenizer
 
@@ -65,13 +66,18 @@ def sft_examples(
     *,
     seq_len: int | None = None,
     max_positions: int | None = None,
+    quiet: bool = True,
 ) -> tuple[list[Example], SftReport]:
     """Conversations -> examples of at most `seq_len` tokens with the assistant's tokens marked.
 
     seq_len None: the smallest power of two that holds 99.5 % of the conversations whole, at most `max_positions`.
     A longer one is cut at its end; one with no trained token left is dropped; both are reported.
     """
-    examples = [encode_conversation(conversation, tokenizer) for conversation in conversations]
+    examples = []
+    with Progress("tokenise", total=len(conversations), unit="conversations", quiet=quiet) as bar:
+        for conversation in conversations:
+            examples.append(encode_conversation(conversation, tokenizer))
+            bar.advance()
     lengths = [len(example.ids) for example in examples]
     if seq_len is None:
         seq_len = covering_length(lengths, max_positions)

@@ -40,7 +40,7 @@ def open_tokenizer(recipe: TrainRecipe) -> Tokenizer:
     return Tokenizer.load(path)
 
 
-def open_data(recipe: TrainRecipe, tokenizer: Tokenizer) -> Data:
+def open_data(recipe: TrainRecipe, tokenizer: Tokenizer, *, quiet: bool = True) -> Data:
     """The recipe's data as batches; needs no weights."""
     if isinstance(recipe.model, NewModel):
         positions = recipe.model.max_positions
@@ -53,7 +53,7 @@ def open_data(recipe: TrainRecipe, tokenizer: Tokenizer) -> Data:
             f"Give at most {positions}, or a model with more."
         )
     if isinstance(objective, SftObjective):
-        return _sft_data(recipe, objective, tokenizer, positions)
+        return _sft_data(recipe, objective, tokenizer, positions, quiet)
     return _causal_lm_data(recipe, objective, tokenizer)
 
 
@@ -87,11 +87,13 @@ def _causal_lm_data(recipe: TrainRecipe, objective: CausalLmObjective, tokenizer
     return Data(source, held_out, objective.seq_len, None, notes)
 
 
-def _sft_data(recipe: TrainRecipe, objective: SftObjective, tokenizer: Tokenizer, positions: int | None) -> Data:
+def _sft_data(
+    recipe: TrainRecipe, objective: SftObjective, tokenizer: Tokenizer, positions: int | None, quiet: bool
+) -> Data:
     rows = recipe.train.batch_size
     reading = read_conversations(objective.files, bad_rows=objective.bad_rows)
     examples, report = sft_examples(
-        reading.conversations, tokenizer, seq_len=objective.seq_len, max_positions=positions
+        reading.conversations, tokenizer, seq_len=objective.seq_len, max_positions=positions, quiet=quiet
     )
     notes = report.lines()
     if reading.skipped:
@@ -117,7 +119,7 @@ def _sft_data(recipe: TrainRecipe, objective: SftObjective, tokenizer: Tokenizer
     held_out = None
     if objective.held_out:
         kept = read_conversations(objective.held_out, bad_rows=objective.bad_rows)
-        kept_examples, kept_report = sft_examples(kept.conversations, tokenizer, seq_len=report.seq_len)
+        kept_examples, kept_report = sft_examples(kept.conversations, tokenizer, seq_len=report.seq_len, quiet=quiet)
         notes.extend(f"held out: {line}" for line in kept_report.lines())
         if kept.skipped:
             notes.append(f"held out: {len(kept.skipped):,} rows are skipped, the first: {kept.skipped[0]}")
