@@ -37,6 +37,7 @@ def write_card(source_en: str, source_zh: str, parameters: int, evaluation: Mapp
             f"{shares['zh'][1]}。问别的，它应当回答不知道。它会出错，请自行核对。"
         ),
     }
+    examples: dict[str, tuple[str, ...]]
     if own_text:
         examples = {
             "en": ("Who are you?", "What is 3 + 4?", "What can you do?"),

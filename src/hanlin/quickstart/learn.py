@@ -15,8 +15,9 @@ from hanlin.quickstart.recipe import QuickstartRecipe
 from hanlin.quickstart.stage import Done, run_stage
 from hanlin.train import CausalLM, Trainer
 
-TIMED = 5  # optimizer steps that are timed
+TIMED = 3  # optimizer steps that are timed
 CHECKPOINTS = 10  # during a stage
+FREE = {"log_every", "eval_every", "save_every", "keep_last", "tensorboard"}  # change no weight
 
 
 def plan_stage(recipe: QuickstartRecipe, earlier: list[Done], *, quiet: bool) -> Done:
@@ -27,7 +28,10 @@ def plan_stage(recipe: QuickstartRecipe, earlier: list[Done], *, quiet: bool) ->
         "before": [done.fingerprint for done in earlier],
         "minutes": recipe.minutes,
         "plan": recipe.plan.model_dump(mode="json"),
-        **_training_inputs(recipe),
+        "model": recipe.model.model_dump(mode="json"),
+        "pretrain": _timing(recipe.pretrain),
+        "sft": _timing(recipe.sft),
+        "seq_len": recipe.seq_len,
     }
 
     def work(folder: Path) -> dict[str, Any]:
@@ -63,13 +67,21 @@ def time_recipe(recipe: TrainRecipe) -> tuple[float, int, int]:
     data = open_data(recipe, tokenizer)
     settings, _ = resolve_settings(recipe, data)
     model = build_model(recipe, tokenizer, data.seq_len)
+    settings = settings.model_copy(update={"eval_every": None, "save_every": None})
     trainer = Trainer(model, CausalLM(), data.source, settings, quiet=True)
     return trainer.time_steps(TIMED), data.source.steps_per_epoch, model.parameter_count()
 
 
 def pretrain_stage(recipe: QuickstartRecipe, plan: Done, tokenizer: Done, shards: Done, *, quiet: bool) -> Done:
     """A run folder whose `model/` has read the text."""
-    inputs = {"plan": plan.fingerprint, "steps": plan.result["pretrain_steps"], **_training_inputs(recipe)}
+    inputs = {
+        "shards": shards.fingerprint,
+        "steps": plan.result["pretrain_steps"],
+        "model": recipe.model.model_dump(mode="json"),
+        "settings": _settings(recipe.pretrain),
+        "seq_len": recipe.seq_len,
+        "seed": recipe.seed,
+    }
 
     def work(folder: Path) -> dict[str, Any]:
         return _train(pretrain_recipe(recipe, tokenizer, shards, steps=plan.result["pretrain_steps"]), quiet)
@@ -81,7 +93,12 @@ def sft_stage(
     recipe: QuickstartRecipe, plan: Done, instructions: Done, tokenizer: Done, pretrain: Done, *, quiet: bool
 ) -> Done:
     """A run folder whose `model/` answers."""
-    inputs = {"pretrain": pretrain.fingerprint, "instructions": instructions.fingerprint, **_training_inputs(recipe)}
+    inputs = {
+        "pretrain": pretrain.fingerprint,
+        "instructions": instructions.fingerprint,
+        "steps": plan.result["sft_steps"],
+        "settings": _settings(recipe.sft),
+    }
 
     def work(folder: Path) -> dict[str, Any]:
         return _train(
@@ -137,11 +154,11 @@ def _choice(choice: TrainChoices, steps: int) -> TrainChoices:
     return choice.model_copy(update=changes)
 
 
-def _training_inputs(recipe: QuickstartRecipe) -> dict[str, Any]:
-    return {
-        "model": recipe.model.model_dump(mode="json"),
-        "pretrain": recipe.pretrain.model_dump(mode="json"),
-        "sft": recipe.sft.model_dump(mode="json"),
-        "seq_len": recipe.seq_len,
-        "seed": recipe.seed,
-    }
+def _settings(choice: TrainChoices) -> dict[str, Any]:
+    """What decides the weights."""
+    return choice.model_dump(mode="json", exclude=FREE)
+
+
+def _timing(choice: TrainChoices) -> dict[str, Any]:
+    """What decides how long a step takes, and how many were asked for."""
+    return _settings(choice) | {"lr": None, "schedule": None}

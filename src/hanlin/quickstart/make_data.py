@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from hanlin.core.files import write_text
+from hanlin.data.build import build
+from hanlin.data.recipe import DataRecipe
+from hanlin.data.sources import TextSource
 from hanlin.quickstart.corpus import (
     build_corpus,
     code_fingerprint,
@@ -70,6 +73,22 @@ def tokenizer_stage(recipe: QuickstartRecipe, text: Done, instructions: Done, *,
         return {"size": tokenizer.size}
 
     return run_stage(recipe.out, "3-tokenizer", inputs, work, quiet=quiet)
+
+
+def shard_stage(recipe: QuickstartRecipe, text: Done, tokenizer: Done, *, quiet: bool) -> Done:
+    """`train/` and `heldout/`: the text as memory-mapped tokens."""
+    inputs = {"text": text.fingerprint, "tokenizer": tokenizer.fingerprint}
+
+    def work(folder: Path) -> dict[str, Any]:
+        result = {}
+        for name in ("train", "heldout"):
+            source = TextSource(paths=[text.folder / f"{name}.jsonl"])
+            data = DataRecipe(out=folder / name, tokenizer=tokenizer.folder, sources=[source])
+            shards = build(data, quiet=quiet)
+            result[f"{name}_tokens"] = shards.tokens
+        return result
+
+    return run_stage(recipe.out, "4-shards", inputs, work, quiet=quiet)
 
 
 def read_evaluation(instructions: Done) -> list[Example]:
