@@ -49,6 +49,16 @@ def test_the_table_and_the_json_say_the_same(folder, capsys):
     assert f"{expected['bits_per_byte']:.4f}" in table and f"{expected['loss']:.4f} nats a token" in table
 
 
+def test_samples_follow_the_seed(folder, capsys):
+    command = ["eval", str(folder / "model"), "--sample", "The list", "--sample", "列表", "--max-tokens", "8"]
+    printed = []
+    for seed in ("1", "1", "2"):
+        assert main([*command, "--seed", seed]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] != printed[2]
+    assert "**The list**" in printed[0] and "**列表**" in printed[0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

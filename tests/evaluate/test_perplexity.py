@@ -8,7 +8,10 @@ import torch
 from tests.models.oracle import make_oracle, redraw, save_theirs
 
 from hanlin.core.errors import HanlinError
+from hanlin.core.text_sources import Document
 from hanlin.data.batch import Batch, document_positions, next_token_targets
+from hanlin.data.build import build_shards
+from hanlin.data.text_batches import ShardedText
 from hanlin.evaluate.perplexity import HeldOut, evaluate_files, evaluate_strings, evaluate_text
 from hanlin.models import AttentionConfig, FeedForwardConfig, ModelConfig, Transformer, load_model
 from hanlin.tokens import Tokenizer
@@ -139,6 +142,28 @@ def test_packed_rows_give_each_document_its_own_loss_once(fine, rows_per_step):
     alone = evaluate_strings(model, fine, short, context=512)
     assert (packed.tokens, packed.bytes) == (alone.tokens, alone.bytes)
     assert math.isclose(packed.nats, alone.nats, rel_tol=1e-5)
+
+
+def test_shards_give_the_bytes_of_the_text_they_came_from(fine, tmp_path):
+    """Rows of 24 tokens cut through documents; still each token counts once, and all bytes but the first tokens'."""
+    shards = build_shards([Document(str(i), text) for i, text in enumerate(TEXTS)], fine, tmp_path)
+    model = uniform(fine.size)
+    for shuffle in (False, True):
+        source = ShardedText(shards, seq_len=24, rows_per_step=5, shuffle=shuffle)
+        found = evaluate_text(model, source, tokenizer=fine)
+        first = sum(len(fine.token_bytes(fine.encode(text)[0])) for text in TEXTS)
+        assert found.bytes == shards.text_bytes - first
+        assert found.tokens == shards.tokens - shards.documents
+        assert math.isclose(found.bits_per_byte, math.log2(fine.size) * found.tokens / found.bytes, rel_tol=1e-5)
+
+
+def test_many_documents_of_many_lengths_are_batched_without_loss(fine):
+    model = make_model(fine.size, max_positions=512)
+    texts = [TEXTS[i % 3][: 1 + i * 7 % 90] for i in range(60)]
+    together = evaluate_strings(model, fine, texts)
+    alone = [evaluate_strings(model, fine, [text]) for text in texts]
+    assert (together.tokens, together.bytes) == (sum(a.tokens for a in alone), sum(a.bytes for a in alone))
+    assert math.isclose(together.nats, sum(a.nats for a in alone), rel_tol=1e-5)
 
 
 def test_without_a_tokenizer_there_are_no_bytes(fine):

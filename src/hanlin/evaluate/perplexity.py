@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -29,7 +30,10 @@ from hanlin.train.objective import document_mask
 
 TOKENS_AT_ONCE = 8192  # of one forward pass: enough to fill a matrix unit, little enough for a small machine
 
+SORTED_TOGETHER = 1024  # windows
 LONG = 2048  # tokens of context past which more costs much and tells little, unless asked for
+
+Window = tuple[list[int], int]  # tokens with the one after them, and how many of the last are to be predicted
 
 
 @dataclass(frozen=True)
@@ -183,8 +187,7 @@ def _epoch(source: BatchSource, max_rows: int | None) -> Iterator[Batch]:
             yield step.rows(start, start + some)
 
 
-def _windows(ids: list[int], length: int, stride: int) -> Iterator[tuple[list[int], int]]:
-    """(tokens of a window and the one after them, how many of the last are to be predicted)."""
+def _windows(ids: list[int], length: int, stride: int) -> Iterator[Window]:
     done = 1  # tokens predicted so far; the first is given
     while done < len(ids):
         new = min(stride if done > 1 else length, len(ids) - done)
@@ -193,22 +196,19 @@ def _windows(ids: list[int], length: int, stride: int) -> Iterator[tuple[list[in
         done = end
 
 
-def _batches(windows: Iterator[tuple[list[int], int]]) -> Iterator[Batch]:
-    """Windows as rows, padded on the right, as many as fit `TOKENS_AT_ONCE`."""
-    rows: list[tuple[list[int], int]] = []
-    widest = 0
-    for window in windows:
-        wide = max(widest, len(window[0]) - 1)
-        if rows and wide * (len(rows) + 1) > TOKENS_AT_ONCE:
-            yield _stack(rows, widest)
-            rows, wide = [], len(window[0]) - 1
-        rows.append(window)
-        widest = wide
-    if rows:
-        yield _stack(rows, widest)
+def _batches(windows: Iterator[Window]) -> Iterator[Batch]:
+    """Windows as rows, padded on the right, as many as fit `TOKENS_AT_ONCE`; equal lengths side by side, or short
+    documents would mostly be padding."""
+    while some := sorted(islice(windows, SORTED_TOGETHER), key=lambda window: -len(window[0])):
+        start = 0
+        while start < len(some):
+            width = len(some[start][0]) - 1  # the widest of the rows to come
+            stop = start + max(1, TOKENS_AT_ONCE // width)
+            yield _stack(some[start:stop], width)
+            start = stop
 
 
-def _stack(rows: list[tuple[list[int], int]], width: int) -> Batch:
+def _stack(rows: list[Window], width: int) -> Batch:
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     targets = torch.full_like(ids, IGNORE)
     documents = torch.full_like(ids, -1)
