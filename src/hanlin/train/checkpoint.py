@@ -56,7 +56,7 @@ class Checkpoint:
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Write all four files into `folder`, atomically. A full disk is a `HanlinError`; what was there before stays."""
     with atomic_folder(folder) as temporary:
-        state = json.dumps(checkpoint.state, ensure_ascii=False, allow_nan=False).encode()
+        state = json.dumps(checkpoint.state, ensure_ascii=False).encode()  # a metric's sum may be NaN; read by us only
         (temporary / STATE).write_bytes(state)
         hashes = {
             MODEL: write_tensors(temporary / MODEL, checkpoint.model),

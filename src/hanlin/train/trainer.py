@@ -85,6 +85,7 @@ class Trainer:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.keeper = Keeper(run, self.ranks, keep_last=settings.keep_last, notice=say) if run else None
         self.state, self.meter = TrainState(), Meter()
+        self.about: dict[str, Any] = {}  # what a checkpoint says of its run; filled by `fit`
         self._use_precision(choose_dtype(settings.precision, self.device))
 
     def fit(self) -> TrainResult:
@@ -162,13 +163,16 @@ class Trainer:
             tune_allocator()
         found = self.keeper.newest() if self.keeper else None
         seed_everything(derive(self.seed, "train", self.ranks.rank, found.step if found else 0))
+        if found is not None and self.settings.precision == "auto":  # what was measured then holds now
+            bf16 = found.state["identity"]["train"]["precision"] == "bf16"
+            self._use_precision(torch.bfloat16 if bf16 else torch.float32)
+        order = self.data.fingerprint()
+        now = identity(self.model, self.objective, order, self.settings, seed=self.seed, precision=self.precision)
+        self.about = {"identity": now, "steps": self.steps}
         if found is not None:
             assert self.run is not None
             folder = str(self.run.checkpoint(found.step))
-            if self.settings.precision == "auto":  # what was measured then holds now
-                bf16 = found.state["identity"]["train"]["precision"] == "bf16"
-                self._use_precision(torch.bfloat16 if bf16 else torch.float32)
-            refuse_other_run(found.state["identity"], self._identity(), folder)
+            refuse_other_run(found.state["identity"], now, folder)
             refuse_other_length(self.settings, found.step, found.state["steps"], self.steps, folder)
             self.state = put_back(found, self.model, self.optimizer, chance=self.ranks.first)
             self.meter.load(self.state.meter, metrics=self.ranks.first)
@@ -231,7 +235,7 @@ class Trainer:
         if "eval/loss" not in found:
             raise HanlinError(f"train.keep_best needs the evaluation's 'eval/loss'; it returned {sorted(found)}.")
         best = self.state.best
-        if best is not None and best["eval/loss"] <= found["eval/loss"]:
+        if not found["eval/loss"] < (best["eval/loss"] if best else math.inf):  # NaN is never better
             return False
         self.state.best = {"step": self.state.step, "eval/loss": found["eval/loss"]}
         return True
@@ -242,9 +246,8 @@ class Trainer:
         with self.meter.paused():
             report.sync()
             self.state.time, self.state.meter = report.elapsed, self.meter.state(self._metric_sums())
-            about = {"identity": self._identity(), "steps": self.steps}
             keep = int(self.state.best["step"]) if self.state.best else None
-            self.keeper.save(take_checkpoint(self.model, self.optimizer, self.state, about), keep)
+            self.keeper.save(take_checkpoint(self.model, self.optimizer, self.state, self.about), keep)
         return self.state.step
 
     def _metric_sums(self) -> dict[str, float]:
@@ -268,10 +271,6 @@ class Trainer:
         self.precision = "bf16" if dtype == torch.bfloat16 else "fp32"
         products = dtype if dtype == torch.bfloat16 else None
         self.optimizer = build_optimizer(self.model, self.settings.optimizer, self.settings.lr, dtype=products)
-
-    def _identity(self) -> dict[str, Any]:
-        data = self.data.fingerprint()
-        return identity(self.model, self.objective, data, self.settings, seed=self.seed, precision=self.precision)
 
     def _training(self) -> AbstractContextManager[None]:
         return training_mode(self.model, bf16=self.precision == "bf16", compile=self.settings.compile)
