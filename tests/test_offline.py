@@ -187,8 +187,9 @@ def test_shards_a_preview_and_both_kinds_of_training(offline):
 
 
 @pytest.mark.slow
-def test_the_quickstart(offline):
-    offline.hanlin("quickstart", "--minutes", "0.3", "--text", "text.txt", "--out", "made", "--no-serve")
+def test_the_quickstart(offline, own_words):
+    (offline.folder / "words.txt").write_text(own_words, encoding="utf-8")
+    offline.hanlin("quickstart", "--minutes", "0.3", "--text", "words.txt", "--out", "made", "--no-serve")
     assert (offline.folder / "made" / "report.md").exists()
     assert offline.calls == []
 
