@@ -5,7 +5,7 @@ from hanlin.core.errors import HanlinError
 
 EXAMPLES = [
     "hanlin data build recipes/data.yaml",
-    "hanlin data build recipes/data.yaml --out runs/more --shard-mb 16",
+    "hanlin data build recipes/data.yaml --out runs/more --shard_mb 16",
     "hanlin data preview recipes/sft-tiny.yaml --rows 2",
 ]
 

@@ -298,10 +298,11 @@ def _not_utf8(file: Path, offset: int, near: bytes, start: int) -> HanlinError:
     else:
         for cut in range(4):
             try:
-                sample[: len(sample) - cut].decode("gb18030")
+                letters = sample[: len(sample) - cut].decode("gb18030")
             except UnicodeDecodeError:
                 continue
-            hint = f"If it is Chinese in GB18030 (GBK), convert it: iconv -f GB18030 -t UTF-8 {file.name} > new.txt"
+            if any("\u4e00" <= letter <= "\u9fff" for letter in letters):
+                hint = f"It looks like GB18030 (GBK); convert it: iconv -f GB18030 -t UTF-8 {file.name} > new.txt"
             break
     unpacked_file = " of the unpacked text" if file.suffix.lower() in PACKED else ""
     return HanlinError(
