@@ -72,6 +72,21 @@ def test_their_config_survives_a_visit(tmp_path, name):
     assert {k: after.get(k, "absent") for k in before} == before
 
 
+@pytest.mark.parametrize("dtype", ["auto", torch.bfloat16])
+def test_a_loaded_model_is_packed_trainable_and_free_of_its_file(tmp_path, dtype):
+    saved(tmp_path)
+    model = load_model(tmp_path, dtype=dtype)
+    before = logits_of(model, some_ids(vocabulary=50))
+    file = tmp_path / "model.safetensors"
+    with file.open("r+b") as stream:  # in place, as `cp` does
+        stream.write(bytes(file.stat().st_size))
+    assert torch.equal(logits_of(model, some_ids(vocabulary=50)), before)
+    for layer in model.model.layers:
+        projections = layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj
+        assert len({p.weight.untyped_storage().data_ptr() for p in projections}) == 1
+    assert all(p.requires_grad and p.is_leaf for p in model.parameters())
+
+
 def test_the_dtype_can_be_chosen(tmp_path):
     model = saved(tmp_path)
     half = load_model(tmp_path, dtype=torch.bfloat16)

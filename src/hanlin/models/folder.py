@@ -17,6 +17,7 @@ from hanlin.models.config import ModelConfig
 from hanlin.models.families import find_family
 from hanlin.models.formats.safetensors import FLOATS, find_weights, read_shapes, read_weights, write_weights
 from hanlin.models.transformer import Transformer
+from hanlin.nn.linear import PackedLinear
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -52,12 +53,9 @@ def load_model(
     if dtype == "auto":
         dtype = _saved_dtype(json, held, folder)
     with torch.device("meta"):  # nothing is drawn at random only to be overwritten
-        model = Transformer(config).to(dtype)
-    model.to_empty(device=choose_device(str(device)))
-    if config.tied_embeddings:  # memory that is newly given to each module unties them
-        model.lm_head.weight = model.model.embed_tokens.weight
+        model = Transformer(config)
     _check_shapes(model, held, folder)
-    _fill(model, held, folder)
+    _fill(model, held, folder, dtype, choose_device(str(device)))
     return model.eval()
 
 
@@ -165,9 +163,13 @@ def _check_shapes(model: Transformer, held: dict[str, tuple[str, Path]], folder:
 
 
 @torch.no_grad()
-def _fill(model: Transformer, held: dict[str, tuple[str, Path]], folder: Path) -> None:
-    targets = model.state_dict()  # shares memory with the parameters
-    head: Tensor | None = None
+def _fill(
+    model: Transformer, held: dict[str, tuple[str, Path]], folder: Path, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Give a model without memory its weights; each is copied once, out of the mapped file to where it will stay."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    packed = tuple(f"{name}.{part}." for name, layer in layers.items() for part in layer.packed)
+    tensors: dict[str, Tensor] = {}
     for theirs, tensor in read_weights({theirs: file for theirs, (_, file) in held.items()}):
         ours, file = held[theirs]
         if tensor.dtype not in FLOATS:
@@ -175,16 +177,19 @@ def _fill(model: Transformer, held: dict[str, tuple[str, Path]], folder: Path) -
                 f"{file}: the weight {theirs!r} is stored as {str(tensor.dtype).removeprefix('torch.')}; Hanlin reads "
                 "float64, float32, bfloat16 and float16. Use the unquantised model."
             )
-        if ours == HEAD and model.config.tied_embeddings:
-            head = tensor
-            continue
-        targets[ours].copy_(tensor)
-    embedding = targets[EMBEDDING]
-    if head is not None and not torch.equal(head.to(embedding), embedding):
-        raise HanlinError(
-            f'{folder}: config.json says "tie_word_embeddings": true, but the weights hold a {HEAD} that differs from '
-            f"{EMBEDDING}. Which of the two is right cannot be told from here."
-        )
+        tensors[ours] = tensor.to(device, dtype, copy=not ours.startswith(packed))  # packing copies those
+    if model.config.tied_embeddings:
+        head = tensors.pop(HEAD, None)
+        if head is not None and not torch.equal(head, tensors[EMBEDDING]):
+            raise HanlinError(
+                f'{folder}: config.json says "tie_word_embeddings": true, but the weights hold a {HEAD} that differs '
+                f"from {EMBEDDING}. Which of the two is right cannot be told from here."
+            )
+    model.load_state_dict(tensors, strict=False, assign=True)
+    if model.config.tied_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    for layer in layers.values():
+        layer.pack()
 
 
 def _some(names: list[str], count: int = 4) -> str:
