@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 LARGEST = 1 << 27  # bytes of probabilities a layer may keep
 
@@ -65,6 +66,7 @@ class _BlockAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = gradients
         k, v, *saved = ctx.saved_tensors

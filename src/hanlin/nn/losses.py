@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 IGNORE = -100  # a target that carries no loss (the value transformers uses too)
 
@@ -22,6 +23,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, chu
     live only as long as its loss and its gradient are computed, forward and backward in one visit.
     Chunks of 1,024 rows keep 8k-wide fp32 logits in the cache; see benchmarks/bench_train.py.
     """
+    if not torch.is_grad_enabled():  # inside, a parameter would still say that it wants its gradient
+        hidden, weight = hidden.detach(), weight.detach()
     return _LinearCrossEntropy.apply(hidden, weight, targets, chunk)
 
 
@@ -64,6 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = gradients
         rows, weight = ctx.saved_tensors

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class RMSNorm(nn.Module):
@@ -35,11 +36,12 @@ class _RMSNorm(torch.autograd.Function):
         return (wide * inverse).mul_(weight).to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
         grad = gradients[0].to(inverse.dtype)
         normal = x.to(inverse.dtype) * inverse
-        grad_weight = (grad * normal).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        grad_weight = (grad * normal).reshape(-1, len(weight)).sum(0) if ctx.needs_input_grad[1] else None
         inner = grad * weight
         slope = (inner * normal).mean(-1, keepdim=True)
         grad_x = inner.addcmul_(normal, slope, value=-1).mul_(inverse).to(x.dtype)

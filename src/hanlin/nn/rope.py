@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def inverse_frequencies(head_dim: int, theta: float) -> Tensor:
@@ -41,6 +42,7 @@ class _Rotate(torch.autograd.Function):
         return _turn(x, cos, sin, 1.0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         return _turn(gradients[0], cos, sin, -1.0), None, None
