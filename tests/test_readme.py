@@ -119,7 +119,7 @@ def test_make_test_is_what_ci_runs():
 def checkout(tmp_path_factory, own_words):
     """A copy of the tracked files beside this environment, and a small text of its own."""
     environment = Path(sys.prefix)
-    if not (environment / ".dev").exists():
+    if not all((environment / stamp).exists() for stamp in (".torch", ".quickstart", ".dev")):
         pytest.skip("this environment was not made by `make`: make would install one")
     folder = tmp_path_factory.mktemp("readme") / "hanlin"
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -128,6 +128,16 @@ def checkout(tmp_path_factory, own_words):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
     (folder / ".venv").symlink_to(environment)
+    for name in (
+        "constraints.txt",
+        "pyproject.toml",
+    ):  # older than the stamps: make must use this environment as it is,
+        os.utime(folder / name, (0, 0))  # for an install from here would point it at this copy
+    for target in ("quickstart", "test"):
+        planned = subprocess.run(
+            ["make", "-n", target], cwd=folder, env=plain_environment(), capture_output=True, text=True
+        )
+        assert "install" not in planned.stdout, planned.stdout
     (folder / "sample.txt").write_text(own_words, encoding="utf-8")
     return folder
 
