@@ -1,5 +1,6 @@
 """The last stage before the report: what was learnt, after each stage, and beside what needs no neural network."""
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,11 +54,16 @@ def evaluation_stage(
     quiet: bool,
 ) -> Done:
     """Perplexity, exact answers, samples and a transcript; the answers one by one are in `answers-*.md`."""
-    inputs = {"sft": sft.fingerprint, "instructions": instructions.fingerprint, "text": text.fingerprint}
+    inputs = {
+        "evaluated_kb": recipe.evaluated_kb,
+        "sft": sft.fingerprint,
+        "instructions": instructions.fingerprint,
+        "text": text.fingerprint,
+    }
 
     def work(folder: Path) -> dict[str, Any]:
         reader = Tokenizer.load(tokenizer.folder)
-        held_out = [document.text for document in read_documents(text.folder / "heldout.jsonl")]
+        held_out = spread([d.text for d in read_documents(text.folder / "heldout.jsonl")], recipe.evaluated_kb * 1000)
         examples = read_evaluation(instructions)
         result: dict[str, Any] = {"perplexity": {}, "exam": {}, "samples": {}}
         for name, model in (
@@ -84,6 +90,12 @@ def evaluation_stage(
         return result
 
     return run_stage(recipe.out, "8-evaluation", inputs, work, quiet=quiet)
+
+
+def spread(texts: Sequence[str], size: int) -> list[str]:
+    """Every k-th text, with the smallest k that leaves at most about `size` bytes."""
+    total = sum(len(text.encode()) for text in texts)
+    return list(texts[:: max(1, math.ceil(total / size))])
 
 
 def fresh_model(recipe: QuickstartRecipe, tokenizer: Tokenizer) -> Transformer:

@@ -17,6 +17,8 @@ from hanlin.train import CausalLM, Trainer
 
 TIMED = 3  # optimizer steps that are timed
 CHECKPOINTS = 10  # during a stage
+EVALUATIONS = 10  # during pretraining, but at least so many steps apart:
+LEAST_EVAL = 50
 FREE = {"log_every", "eval_every", "save_every", "keep_last", "tensorboard"}  # change no weight
 
 
@@ -131,7 +133,7 @@ def pretrain_recipe(recipe: QuickstartRecipe, tokenizer: Done, shards: Done, *, 
             held_out_rows=32,
             seq_len=recipe.seq_len,
         ),
-        train=_choice(recipe.pretrain, steps),
+        train=_choice(recipe.pretrain, steps, eval_every=min(steps, max(LEAST_EVAL, steps // EVALUATIONS))),
     )
 
 
@@ -145,10 +147,10 @@ def _train(recipe: TrainRecipe, quiet: bool) -> dict[str, Any]:
     return {"steps": result.step, **{key: result.metrics.get(key) for key in ("loss", "tokens")}}
 
 
-def _choice(choice: TrainChoices, steps: int) -> TrainChoices:
-    """The recipe's choice with the planned steps (its own come first), and checkpoints on the way."""
+def _choice(choice: TrainChoices, steps: int, *, eval_every: int | None = None) -> TrainChoices:
+    """The recipe's choice with the planned steps (its own come first), checkpoints and evaluations on the way."""
     steps = choice.steps or steps
-    changes: dict[str, Any] = {"steps": steps, "epochs": None}
+    changes: dict[str, Any] = {"steps": steps, "epochs": None, "eval_every": choice.eval_every or eval_every}
     if choice.save_every is None:
         changes["save_every"] = max(1, steps // CHECKPOINTS)
     return choice.model_copy(update=changes)

@@ -35,6 +35,9 @@ class QuickstartRecipe(Recipe):
     seed: int = 0
     vocab_size: Annotated[int, Field(ge=300)] = 4096
     held_out: Annotated[float, Field(gt=0, lt=0.5, description="share of the text that is never trained on")] = 0.04
+    evaluated_kb: Annotated[int, Field(gt=0, description="kilobytes of held-out text to measure on, spread evenly")] = (
+        300
+    )
     seq_len: Annotated[int, Field(ge=32, description="tokens a row, in both training stages")] = 256
     model: NewModel = NewModel(depth=6, width=192, heads=3, kv_heads=1, head_dim=64, hidden=512, max_positions=1024)
     instructions: InstructionSettings = InstructionSettings()

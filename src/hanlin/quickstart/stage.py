@@ -19,6 +19,7 @@ from typing import Any
 from hanlin.core.errors import HanlinError
 from hanlin.core.files import read_json, sweep_partial, write_json
 from hanlin.core.progress import clock, say
+from hanlin.quickstart.machine import peak_memory
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def run_stage(
     write_json(folder / "begun.json", {"fingerprint": mark, "seconds": before})
     start = time.monotonic()
     try:
-        result = work(folder)
+        result = {**work(folder), "peak_memory_mb": round(peak_memory())}
     except BaseException:
         spent = before + time.monotonic() - start  # `kill -9` leaves no time to write this
         if folder.is_dir():
