@@ -20,5 +20,6 @@ def require_key(request: Request) -> None:
     scheme, _, shown = request.headers.get("Authorization", "").partition(" ")
     if not shown:
         raise ApiError(401, "This server needs a key: send 'Authorization: Bearer KEY'.", code="missing_api_key")
-    if scheme.lower() != "bearer" or not same_key(shown.strip(), key):
+    shown = shown.strip().encode("latin-1").decode("utf-8", "replace")  # a header is bytes; keys are text
+    if scheme.lower() != "bearer" or not same_key(shown, key):
         raise ApiError(401, "The key is wrong.", code="invalid_api_key")

@@ -71,7 +71,7 @@ async def tokenize(request: Request) -> dict[str, Any]:
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "Send either 'prompt' or 'messages'.", param="prompt", code="invalid_value")
     if body.messages is None:
-        ids = await asyncio.to_thread(engine.tokenizer.encode, body.prompt or "")
+        ids = await asyncio.to_thread(engine.tokenizer.prompt, body.prompt or "")
     else:
         ids = await asyncio.to_thread(engine.tokenizer.chat, [message.as_dict() for message in body.messages])
     return {"count": len(ids), "max_model_len": engine.max_context, "tokens": ids}

@@ -60,7 +60,7 @@ async def complete_text(request: Request) -> Response:
 
 
 def _encode(body: CompletionRequest, engine: Engine) -> list[list[int]]:
-    prompts = [engine.tokenizer.encode(p) if isinstance(p, str) else p for p in body.prompts]
+    prompts = [engine.tokenizer.prompt(p) if isinstance(p, str) else p for p in body.prompts]
     if not all(prompts):
         raise ApiError(400, "'prompt' is empty: there is nothing to continue.", param="prompt", code="invalid_value")
     return prompts
@@ -71,7 +71,7 @@ def _echo(body: CompletionRequest, engine: Engine, prompts: Sequence[list[int]])
         return [Echo()] * len(prompts)
     echoes = []
     for given, ids in zip(body.prompts, prompts, strict=True):
-        text = given if isinstance(given, str) else engine.tokenizer.decode(ids, skip_special=False)
+        text = given if isinstance(given, str) else engine.tokenizer.decode(ids)
         scored = [] if body.logprobs is None else [ids[0], *score_prompt(engine.model, ids, top=body.logprobs)]
         echoes.append(Echo(text, scored))
     return echoes

@@ -1,5 +1,6 @@
 """Start the server: one address, one uvicorn, and a clear word if the port is taken."""
 
+import contextlib
 import errno
 import socket
 
@@ -48,4 +49,5 @@ def run_app(app: FastAPI, listener: socket.socket, *, access_log: bool = False) 
     config = uvicorn.Config(
         app, log_level="info" if access_log else "warning", access_log=access_log, timeout_graceful_shutdown=5
     )
-    uvicorn.Server(config).run(sockets=[listener])
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is how a server is meant to end
+        uvicorn.Server(config).run(sockets=[listener])

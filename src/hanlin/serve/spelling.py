@@ -25,13 +25,14 @@ class Ruler:
 
     def __init__(self, tokenizer: Tokenizer, start: int = 0) -> None:
         self._tokenizer = tokenizer
+        self._silent = frozenset(tokenizer.special.values())  # special tokens have no text
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.position = start  # characters spelt completely so far
 
     def place(self, token: int) -> int:
         """Where this token, the next one, begins."""
         start = self.position
-        if token not in self._tokenizer.stop_ids:
+        if token not in self._silent:
             self.position += len(self._decoder.decode(self._tokenizer.token_bytes(token)))
         return start
 
@@ -40,18 +41,18 @@ class Speller:
     """Keeps a stream's tokens and its text together.
 
     A token is released when the first character that it helps to spell has left, so that at any time the released
-    tokens' bytes spell the text that was sent; end tokens and what lies behind a stop string never leave.
+    tokens' bytes spell the text that was sent; special tokens and what lies behind a stop string never leave.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._stop_ids = frozenset(tokenizer.stop_ids)
+        self._silent = frozenset(tokenizer.special.values())
         self._ruler = Ruler(tokenizer)
         self._sent = 0
         self._waiting: deque[Placed] = deque()
 
     def push(self, text: str, tokens: Sequence[TokenLogprob]) -> list[Placed]:
         """Take the next piece of text and the next tokens, which need not belong together; give the tokens now due."""
-        self._waiting += [Placed(self._ruler.place(t.token_id), t) for t in tokens if t.token_id not in self._stop_ids]
+        self._waiting += [Placed(self._ruler.place(t.token_id), t) for t in tokens if t.token_id not in self._silent]
         self._sent += len(text)
         due = []
         while self._waiting and self._waiting[0].start < self._sent:

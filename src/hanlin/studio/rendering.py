@@ -44,7 +44,7 @@ def find_sheet_end(text: str, begin: int) -> int | None:
     """Where a growing text can be cut for good: after a line outside of code, once enough stands behind `begin`."""
     if len(text) - begin < SHEET:
         return None
-    ends = [low + text[low:high].rfind("\n") + 1 for low, high, look in find_styles(text, begin) if not look]
+    ends = [text.rfind("\n", low, high) + 1 for low, high, look in find_styles(text, begin) if not look]
     return max((end for end in ends if begin < end < len(text)), default=None)
 
 

@@ -95,8 +95,8 @@ WORDS: dict[str, dict[Language, str]] = {
     "failed": {"en": "The answer failed. The server's log says why.", "zh": "回答失败，原因见服务器日志。"},
     "empty": {"en": "(an empty answer)", "zh": "（空回答）"},
     "footnote": {
-        "en": "Runs on this machine only. Answers may be wrong.",
-        "zh": "只在本机运行。回答可能有误。",
+        "en": "Nothing leaves the machine that serves this page. Answers may be wrong.",
+        "zh": "一切都在提供本页的机器上运行。回答可能有误。",
     },
     "key": {"en": "Key", "zh": "密钥"},
     "key_ask": {

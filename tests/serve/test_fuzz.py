@@ -1,0 +1,89 @@
+"""Whatever a client sends, the server answers with success or a mistake of the client's: never 5xx, always JSON."""
+
+import httpx
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hanlin.serve.refusals import HARMLESS, REFUSED
+from hanlin.serve.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+
+scalars = (
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=12)
+)
+anything = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
+)
+message = st.fixed_dictionaries(
+    {
+        "role": st.sampled_from(["user", "assistant", "system", "developer", "tool"]),
+        "content": st.text(max_size=20) | anything,
+    }
+)
+likely = {  # values that get past the first check often enough to reach the engine
+    "model": st.sampled_from(["tiny", "other"]),
+    "messages": st.lists(message, max_size=3),
+    "prompt": st.text(max_size=20)
+    | st.lists(st.integers(-1, 500), max_size=5)
+    | st.lists(st.text(max_size=5), max_size=3),
+    "tokens": st.lists(st.integers(-1, 500), max_size=5),
+    "max_tokens": st.integers(0, 6),
+    "max_completion_tokens": st.integers(0, 6),
+    "min_tokens": st.integers(0, 8),
+    "n": st.integers(0, 3),
+    "stream": st.booleans(),
+    "stop": st.text(max_size=3) | st.lists(st.text(max_size=3), max_size=3),
+    "temperature": st.floats(0, 3),
+    "top_p": st.floats(0, 1),
+    "top_k": st.integers(-2, 10),
+    "min_p": st.floats(0, 1),
+    "repetition_penalty": st.floats(0, 3),
+    "logprobs": st.booleans() | st.integers(0, 5),
+    "top_logprobs": st.integers(0, 5),
+    "echo": st.booleans(),
+    "seed": st.integers(),
+    "ignore_eos": st.booleans(),
+    "stop_token_ids": st.lists(st.integers(-1, 500), max_size=3),
+    "stream_options": st.fixed_dictionaries({"include_usage": st.booleans()}),
+}
+ROUTES = {
+    "/v1/chat/completions": (ChatRequest, ("messages",)),
+    "/v1/completions": (CompletionRequest, ("prompt",)),
+    "/tokenize": (TokenizeRequest, ()),
+    "/detokenize": (DetokenizeRequest, ("tokens",)),
+}
+
+
+@st.composite
+def bodies(draw):
+    path = draw(st.sampled_from(sorted(ROUTES)))
+    kind, required = ROUTES[path]
+    names = draw(st.lists(st.sampled_from(sorted(kind.model_fields)), max_size=5, unique=True))
+    wild = draw(st.lists(st.sampled_from(sorted({*REFUSED, *HARMLESS, "nonsense", *kind.model_fields})), max_size=2))
+    body = {name: draw(likely[name]) for name in {*names, *required}}
+    if "max_tokens" in kind.model_fields:
+        body.setdefault("max_tokens", 3)
+    if draw(st.booleans()):
+        body |= {name: draw(anything) for name in wild}
+    return path, body
+
+
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+@given(request=bodies())
+def test_no_body_is_answered_with_a_server_error(address, request):
+    path, body = request
+    response = httpx.post(address + path, json=body, timeout=60)
+    assert response.status_code in (200, 400, 404, 413), (body, response.text)
+    if response.headers["content-type"].startswith("text/event-stream"):
+        assert response.text.endswith("data: [DONE]\n\n"), (body, response.text)
+    elif response.status_code != 200:
+        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(path=st.sampled_from(sorted(ROUTES)), raw=st.binary(max_size=60) | anything.map(repr).map(str.encode))
+def test_no_bytes_are_answered_with_a_server_error(address, path, raw):
+    response = httpx.post(address + path, content=raw, timeout=60)
+    assert response.status_code == 400, raw
+    assert response.json()["error"]["message"]

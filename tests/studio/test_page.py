@@ -1,0 +1,319 @@
+"""Chromium drives the chat page of a real server with a tiny random model."""
+
+import re
+
+import httpx
+import pytest
+from tests.studio.conftest import serve
+
+pytestmark = pytest.mark.browser
+
+CARD = {"en": "A **tiny** model that knows nothing.", "zh": "一个什么都不懂的**小**模型。"}
+EXAMPLES = {"en": ["Who are you?", "What is 2 + 3?"], "zh": ["你是谁？", "2 + 3 等于几？"]}
+
+
+@pytest.fixture(scope="module")
+def address(folder):
+    models = (
+        {"folder": str(folder), "name": "first", "card": CARD, "examples": EXAMPLES, "sampling": {"max_tokens": 60}},
+        {"folder": str(folder), "name": "second", "card": "Another one.", "sampling": {"temperature": 0.0}},
+    )
+    with serve(*models) as address:
+        yield address
+
+
+class Visitor:
+    """A page in a fresh browser context that notes everything that must not happen."""
+
+    def __init__(self, browser, address, **context):
+        self.context = browser.new_context(**{"locale": "en-US", "viewport": {"width": 1280, "height": 800}, **context})
+        self.page = self.context.new_page()
+        self.address = address
+        self.complaints: list[str] = []
+        self.page.on("console", lambda message: self._hear(message))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("request", lambda request: self._see(request.url))
+        self.page.on("websocket", lambda socket: self._see(socket.url.replace("ws://", "http://")))
+        self.page.on("requestfailed", lambda request: self.complaints.append(f"failed: {request.url}"))
+        self.page.goto(address)
+        self.page.wait_for_selector(".hl-welcome")
+
+    def _hear(self, message):
+        if message.type in ("error", "warning"):
+            self.complaints.append(message.text)
+
+    def _see(self, url):
+        if not url.startswith((self.address, "data:", "blob:")):
+            self.complaints.append(f"left this server: {url}")
+
+    @property
+    def input(self):
+        return self.page.locator(".hl-field textarea").first
+
+    def send(self, text):
+        self.input.fill(text)
+        self.page.locator(".hl-send:not(.hl-stop)").click()
+
+    def wait_for_end(self, answers=1):
+        self.page.wait_for_function(
+            "n => document.querySelectorAll('.hl-answer').length === n && "
+            "!document.querySelector('.hl-text.running') && "
+            "[...document.querySelectorAll('.hl-figures')].every(line => line.textContent)",
+            arg=answers,
+            timeout=30_000,
+        )
+
+    def answer(self, number=-1):
+        return self.page.locator(".hl-text").nth(number).evaluate("element => element.textContent")
+
+    def figures(self):
+        return self.page.locator(".hl-figures").last.text_content()
+
+    def press(self, label):
+        self.page.get_by_role("button", name=label, exact=True).first.click()
+
+    def set_slider(self, name, key):
+        slider = self.page.get_by_role("slider", name=name)
+        slider.focus()
+        slider.press(key)
+
+    def close(self):
+        self.context.close()
+        assert self.complaints == []
+
+
+@pytest.fixture
+def visit(browser, address):
+    visitors = []
+
+    def open_page(where=address, **context):
+        visitors.append(Visitor(browser, where, **context))
+        return visitors[-1]
+
+    yield open_page
+    for visitor in visitors:
+        visitor.close()
+
+
+def test_a_question_is_answered_with_tokens_and_figures(visit):
+    visitor = visit()
+    visitor.send("What does json.dumps do?")
+    visitor.wait_for_end()
+    assert visitor.page.locator(".hl-question").text_content() == "What does json.dumps do?"
+    assert visitor.page.locator(".hl-text .t").count() > 3
+    assert re.search(r"\d+ tokens · [\d.]+ tokens/s · first after [\d.]+ s", visitor.figures())
+    assert visitor.input.input_value() == ""
+
+
+def test_the_answer_streams(visit):
+    visitor = visit()
+    visitor.set_slider("Longest answer", "End")
+    visitor.send("go on")
+    lengths = set()
+    for _ in range(200):
+        length = len(visitor.answer())
+        lengths.add(length)
+        if len(lengths) > 5:
+            break
+        visitor.page.wait_for_timeout(30)
+    assert len(lengths) > 5, lengths
+    visitor.page.keyboard.press("Escape")
+    visitor.wait_for_end()
+
+
+def test_stop_ends_the_answer_and_keeps_what_is_there(visit, address):
+    visitor = visit()
+    visitor.set_slider("Longest answer", "End")
+    visitor.send("go on")
+    visitor.page.wait_for_function("document.querySelector('.hl-text').textContent.length > 20")
+    assert not visitor.page.locator(".hl-send:not(.hl-stop)").is_visible()
+    visitor.page.locator(".hl-stop").click()
+    visitor.wait_for_end()
+    assert "stopped" in visitor.figures() and len(visitor.answer()) > 20
+    metrics = httpx.get(f"{address}/metrics").text
+    assert 'vllm:num_requests_running{model_name="first"} 0' in metrics
+
+
+def test_chinese_is_sent_with_enter_but_not_while_it_is_composed(visit):
+    visitor = visit(locale="zh-CN")
+    visitor.input.fill("翰林院是什么？")
+    for composing in ({"isComposing": True}, {"keyCode": 229}):
+        visitor.input.dispatch_event("keydown", {"key": "Enter", "bubbles": True, **composing})
+    visitor.page.wait_for_timeout(300)
+    assert visitor.page.locator(".hl-question").count() == 0
+    visitor.input.press("Shift+Enter")
+    visitor.input.press_sequentially("第二行")
+    visitor.input.press("Enter")
+    visitor.wait_for_end()
+    assert visitor.page.locator(".hl-question").text_content() == "翰林院是什么？\n第二行"
+    assert "词元" in visitor.figures()
+
+
+def test_the_pointer_shows_a_tokens_probability_and_its_rivals(visit):
+    visitor = visit()
+    visitor.send("hello")
+    visitor.wait_for_end()
+    card = visitor.page.locator(".hl-card")
+    assert not card.is_visible()
+    visitor.page.locator(".hl-text .t").nth(1).hover()
+    visitor.page.wait_for_selector(".hl-card.shown")
+    shares = [text.removesuffix(" %") for text in card.locator(".share").all_text_contents()]
+    assert len(shares) >= 5 and card.locator(".row.chosen").count() >= 1
+    values = [float(share.removeprefix("< ")) for share in shares[:5]]
+    assert values == sorted(values, reverse=True) and sum(values) <= 100.5
+    box = card.bounding_box()
+    assert box["x"] >= 0 and box["x"] + box["width"] <= 1280
+    visitor.page.mouse.move(5, 5)
+    visitor.page.wait_for_selector(".hl-card:not(.shown)", state="attached")
+
+
+def test_colour_by_probability_can_be_switched(visit):
+    visitor = visit()
+    visitor.send("hello")
+    visitor.wait_for_end()
+    token = visitor.page.locator(".hl-text .s7, .hl-text .s6, .hl-text .s5").first
+    colour = "element => getComputedStyle(element).backgroundColor"
+    assert token.evaluate(colour) == "rgba(0, 0, 0, 0)"
+    visitor.page.get_by_role("switch", name="Colour by probability").click()
+    visitor.page.wait_for_selector(".hl-list.coloured")
+    assert token.evaluate(colour) != "rgba(0, 0, 0, 0)"
+
+
+def test_language_follows_the_browser_switches_and_is_remembered(visit):
+    chinese = visit(locale="zh-CN")
+    assert chinese.page.locator(".hl-greeting").text_content() == "想问点什么？"
+    assert "什么都不懂" in chinese.page.locator(".hl-about").text_content()
+    visitor = visit()
+    assert visitor.page.locator(".hl-greeting").text_content() == "What would you like to ask?"
+    assert visitor.page.locator(".hl-chip").all_text_contents() == EXAMPLES["en"]
+    visitor.send("hello")
+    visitor.wait_for_end()
+    before = visitor.answer()
+    visitor.press("切换到中文")
+    visitor.page.wait_for_selector("[aria-label='重新回答']")
+    assert visitor.answer() == before
+    visitor.page.reload()
+    visitor.page.wait_for_selector(".hl-greeting:has-text('想问点什么？')")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_look_follows_the_system_switches_and_is_remembered(visit, scheme):
+    visitor = visit(color_scheme=scheme)
+    is_dark = "document.body.classList.contains('body--dark')"
+    visitor.page.wait_for_function(f"{is_dark} === {str(scheme == 'dark').lower()}")
+    background = visitor.page.evaluate("getComputedStyle(document.body).backgroundColor")
+    visitor.press("Light or dark")
+    visitor.page.wait_for_function(f"{is_dark} === {str(scheme != 'dark').lower()}")
+    assert visitor.page.evaluate("getComputedStyle(document.body).backgroundColor") != background
+    visitor.page.wait_for_function("document.cookie.includes('hanlin_look')")
+    visitor.page.reload()
+    visitor.page.wait_for_selector(".hl-welcome")
+    visitor.page.wait_for_function(f"{is_dark} === {str(scheme != 'dark').lower()}")
+
+
+def test_an_example_asks_and_a_new_conversation_begins_anew(visit):
+    visitor = visit()
+    visitor.page.locator(".hl-chip").first.click()
+    visitor.wait_for_end()
+    assert visitor.page.locator(".hl-question").text_content() == "Who are you?"
+    visitor.send("and then?")
+    visitor.wait_for_end(2)
+    visitor.press("New conversation")
+    visitor.page.wait_for_selector(".hl-welcome")
+    assert visitor.page.locator(".hl-answer").count() == 0
+
+
+def test_a_seed_repeats_and_answering_again_without_one_does_not(visit):
+    visitor = visit()
+    visitor.page.get_by_label("Seed").fill("7")
+    visitor.page.get_by_label("Seed").press("Tab")
+    visitor.set_slider("Temperature", "End")
+    texts = []
+    for again in range(3):
+        if again == 2:
+            visitor.page.get_by_label("Seed").fill("")
+            visitor.page.get_by_label("Seed").press("Tab")
+        if again:
+            visitor.press("Answer again")
+            visitor.page.wait_for_selector(".hl-text.running")
+        else:
+            visitor.send("say something")
+        visitor.wait_for_end()
+        texts.append(visitor.answer())
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_the_system_prompt_and_the_history_reach_the_model(visit):
+    def ask(system, *questions):
+        visitor = visit()
+        visitor.page.get_by_label("Model").first.click()
+        visitor.page.get_by_role("option", name="second").click()
+        visitor.page.wait_for_selector(".hl-about:has-text('Another one')")
+        if system:
+            visitor.page.get_by_placeholder("None").fill(system)
+        for count, question in enumerate(questions, 1):
+            visitor.send(question)
+            visitor.wait_for_end(count)
+        return visitor.answer()
+
+    plain = ask("", "hello")
+    assert ask("", "hello") == plain  # greedy
+    assert ask("Speak Chinese.", "hello") != plain
+    assert ask("", "first of all", "hello") != plain
+
+
+def test_a_message_longer_than_the_model_is_explained(visit):
+    visitor = visit()
+    visitor.send("fox " * 4000)
+    visitor.page.wait_for_selector(".hl-notice:has-text('too long')")
+    visitor.send("hello")
+    visitor.wait_for_end_of_last = visitor.page.wait_for_selector(".hl-figures:has-text('tokens')")
+    assert visitor.answer()
+
+
+def test_markup_in_messages_stays_text(visit):
+    visitor = visit()
+    nasty = "<img src=x onerror=\"console.error('run')\"><b>bold</b>"
+    visitor.send(nasty)
+    visitor.wait_for_end()
+    assert visitor.page.locator(".hl-question").text_content() == nasty
+    assert visitor.page.locator(".hl-list img").count() == 0
+
+
+@pytest.mark.parametrize("width", [340, 390, 768, 1440])
+def test_nothing_sticks_out_at_any_width(visit, width):
+    visitor = visit(viewport={"width": width, "height": 720})
+    visitor.send("a" * 300)
+    visitor.wait_for_end()
+    assert visitor.page.evaluate("document.documentElement.scrollWidth") <= width
+    for button in visitor.page.locator(".hl-header button").all():
+        if button.is_visible():
+            box = button.bounding_box()
+            assert box["x"] >= 0 and box["x"] + box["width"] <= width
+
+
+def test_the_door_asks_for_the_key_once(browser, folder):
+    with serve({"folder": str(folder), "name": "m"}, api_key="开 sesame") as address:
+        for path in ("/", "/_nicegui_ws/socket.io/?EIO=4&transport=polling", "/anything"):
+            response = httpx.get(address + path)
+            assert response.status_code == 401 and "_nicegui" not in response.text
+        assert httpx.get(f"{address}/v1/models").status_code == 401
+        assert httpx.post(f"{address}/enter", content="x" * 10_000).status_code == 401
+        context = browser.new_context(locale="en-US")
+        page = context.new_page()
+        sockets = []
+        page.on("websocket", lambda socket: sockets.append(socket.url))
+        page.goto(address)
+        page.get_by_label("Key").fill("wrong")
+        page.get_by_role("button", name="Enter").click()
+        page.wait_for_selector("text=That key is wrong.")
+        assert sockets == []
+        page.get_by_label("Key").fill("开 sesame")
+        page.get_by_role("button", name="Enter").click()
+        page.wait_for_selector(".hl-welcome")
+        page.reload()
+        page.wait_for_selector(".hl-welcome")
+        cookies = {cookie["name"]: cookie for cookie in context.cookies()}
+        assert cookies["hanlin_door"]["httpOnly"] and cookies["hanlin_door"]["sameSite"] == "Strict"
+        assert "sesame" not in cookies["hanlin_door"]["value"]
+        context.close()
