@@ -1,15 +1,18 @@
 """An engine over a folder: the tokens of transformers' greedy generation, the dtype asked for, mistakes explained."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tests.engine.tiny import make_model
 from tests.models.oracle import load_theirs
 from transformers import AutoTokenizer
 
+from hanlin.core.device import choose_dtype
 from hanlin.core.errors import HanlinError
 from hanlin.engine import Engine, SamplingParams
-from hanlin.engine.precision import faster_dtype
-from hanlin.models import save_model
+from hanlin.engine.engine import faster_dtype
+from hanlin.models import Transformer, save_model
 
 
 @pytest.fixture(scope="module", params=[None, 6], ids=["full", "window"])
@@ -41,13 +44,14 @@ def test_the_dtype_is_the_one_asked_for(folder):
         Engine.from_folder(folder, dtype="float31")
 
 
-def test_auto_takes_fp32_or_bf16_and_leaves_the_model_as_it_was(folder, tokenizer):
-    model = make_model(tokenizer).float()
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    assert faster_dtype(model) in (torch.float32, torch.bfloat16)
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    with Engine.from_folder(folder) as engine:
-        assert engine.model.lm_head.weight.dtype in (torch.float32, torch.bfloat16)
+def test_auto_is_fp32_for_a_small_model_and_the_same_every_time(folder, tokenizer):
+    with Engine.from_folder(folder, device="cpu") as engine:
+        assert engine.model.lm_head.weight.dtype == torch.float32
+    with torch.device("meta"):
+        large = Transformer(replace(make_model(tokenizer).config, vocab_size=200_000))
+    assert large.parameter_count() > 6_000_000
+    large = large.to_empty(device="cpu")
+    assert faster_dtype(large) == choose_dtype("auto", torch.device("cpu"))
 
 
 def test_no_folder_is_explained(tmp_path):
