@@ -28,15 +28,19 @@ class SwiGLU(PackedLinear):
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """(..., 2 * hidden), gate first -> silu(gate) * up (..., hidden)."""
-    return _SwiGLU.apply(gate_up)
+    return _SwiGLU.apply(gate_up) if torch.is_grad_enabled() else _gate(gate_up)
+
+
+def _gate(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return _gate(gate_up)
 
     @staticmethod
     @once_differentiable

@@ -51,7 +51,7 @@ class PackedLinear(nn.Module):
 
     def project(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., sum of the children's outputs), one matrix product."""
-        layers = [cast(Linear, self.get_submodule(name)) for name in self.packed]
+        layers = [cast(Linear, getattr(self, name)) for name in self.packed]
         weight = self._joined("weight", [layer.weight for layer in layers])
         bias = None if layers[0].bias is None else self._joined("bias", [layer.bias for layer in layers])
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))

@@ -24,16 +24,23 @@ class RMSNorm(nn.Module):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (..., width), weight (width,) -> like x. One hand-written backward instead of a chain of elementwise ops."""
+    if not torch.is_grad_enabled():  # autograd.Function costs 4 us a call, which one token of a small model feels
+        return _normalise(x, weight, eps)[0]
     return _RMSNorm.apply(x, weight, eps)
+
+
+def _normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    wide = x if x.dtype == torch.float64 else x.float()
+    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))  # (..., 1)
+    return (wide * inverse).mul_(weight).to(x.dtype), inverse
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
-        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))  # (..., 1)
+        out, inverse = _normalise(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
-        return (wide * inverse).mul_(weight).to(x.dtype)
+        return out
 
     @staticmethod
     @once_differentiable

@@ -32,7 +32,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Whole rows of D at a time: writing the two halves apart is three times slower in bf16 (the inner loop is D/2 long).
     """
-    return _Rotate.apply(x, cos, sin)
+    return _Rotate.apply(x, cos, sin) if torch.is_grad_enabled() else _turn(x, cos, sin, 1.0)
 
 
 class _Rotate(torch.autograd.Function):
