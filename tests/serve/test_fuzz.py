@@ -15,13 +15,13 @@ anything = st.recursive(
 )
 message = st.fixed_dictionaries(
     {
-        "role": st.sampled_from(["user", "assistant", "system", "developer", "tool"]),
-        "content": st.text(max_size=20) | anything,
+        "role": st.sampled_from(["user"] * 4 + ["assistant", "system", "developer", "tool"]),
+        "content": st.text(max_size=20) | st.text(max_size=20) | st.text(max_size=20) | anything,
     }
 )
 likely = {  # values that get past the first check often enough to reach the engine
     "model": st.sampled_from(["tiny", "other"]),
-    "messages": st.lists(message, max_size=3),
+    "messages": st.lists(message, min_size=1, max_size=2) | st.lists(message, max_size=3),
     "prompt": st.text(max_size=20)
     | st.lists(st.integers(-1, 500), max_size=5)
     | st.lists(st.text(max_size=5), max_size=3),

@@ -142,14 +142,16 @@ def read_metrics(address) -> dict[str, float]:
 def test_the_metrics_count_what_happened(address, engine):
     model = 'model_name="tiny"'
     before = read_metrics(address)
-    body = {"prompt": "读和写", "max_tokens": 5, "temperature": 0, "ignore_eos": True, "n": 2}
+    prompt = "狗并不在意，读和写。" * 5
+    body = {"prompt": prompt, "max_tokens": 5, "temperature": 0, "ignore_eos": True, "n": 2}
     assert post(address, "/v1/completions", body).status_code == 200
     after = read_metrics(address)
 
     def grown(name, labels=model):
         return after[f"vllm:{name}{{{labels}}}"] - before[f"vllm:{name}{{{labels}}}"]
 
-    assert grown("prompt_tokens_total") == len(engine.tokenizer.prompt("读和写"))
+    assert grown("prompt_tokens_total") == 2 * len(engine.tokenizer.prompt(prompt))
+    assert grown("prefix_cache_queries_total") == grown("prompt_tokens_total") > grown("prefix_cache_hits_total") > 0
     assert grown("generation_tokens_total") == 10
     assert grown("request_success_total", f'{model},finished_reason="length"') == 2
     assert grown("time_to_first_token_seconds_count") == 2

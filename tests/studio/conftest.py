@@ -19,7 +19,7 @@ FLAGS = [
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """Room for a long answer, so that there is time to stop it."""
-    return make_folder(tmp_path_factory.mktemp("models") / "tiny", context=4096)
+    return make_folder(tmp_path_factory.mktemp("models") / "tiny", context=100_000)
 
 
 @contextlib.contextmanager

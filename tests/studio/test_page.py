@@ -4,6 +4,7 @@ import re
 
 import httpx
 import pytest
+from tests.serve.tiny import wait_until
 from tests.studio.conftest import serve
 
 pytestmark = pytest.mark.browser
@@ -17,6 +18,7 @@ def address(folder):
     models = (
         {"folder": str(folder), "name": "first", "card": CARD, "examples": EXAMPLES, "sampling": {"max_tokens": 60}},
         {"folder": str(folder), "name": "second", "card": "Another one.", "sampling": {"temperature": 0.0}},
+        {"folder": str(folder), "name": "endless", "sampling": {"ignore_eos": True, "max_tokens": 90_000}},
     )
     with serve(*models) as address:
         yield address
@@ -72,10 +74,10 @@ class Visitor:
     def press(self, label):
         self.page.get_by_role("button", name=label, exact=True).first.click()
 
-    def set_slider(self, name, key):
-        slider = self.page.get_by_role("slider", name=name)
-        slider.focus()
-        slider.press(key)
+    def choose_model(self, name):
+        self.page.get_by_label("Model").first.click()
+        self.page.get_by_role("option", name=name).click()
+        self.page.wait_for_selector(f".hl-model:has-text('{name}')")
 
     def close(self):
         self.context.close()
@@ -107,7 +109,7 @@ def test_a_question_is_answered_with_tokens_and_figures(visit):
 
 def test_the_answer_streams(visit):
     visitor = visit()
-    visitor.set_slider("Longest answer", "End")
+    visitor.choose_model("endless")
     visitor.send("go on")
     lengths = set()
     for _ in range(200):
@@ -123,15 +125,15 @@ def test_the_answer_streams(visit):
 
 def test_stop_ends_the_answer_and_keeps_what_is_there(visit, address):
     visitor = visit()
-    visitor.set_slider("Longest answer", "End")
+    visitor.choose_model("endless")
     visitor.send("go on")
-    visitor.page.wait_for_function("document.querySelector('.hl-text').textContent.length > 20")
+    visitor.page.wait_for_function("document.querySelector('.hl-text')?.textContent.length > 20")
     assert not visitor.page.locator(".hl-send:not(.hl-stop)").is_visible()
     visitor.page.locator(".hl-stop").click()
     visitor.wait_for_end()
     assert "stopped" in visitor.figures() and len(visitor.answer()) > 20
     metrics = httpx.get(f"{address}/metrics").text
-    assert 'vllm:num_requests_running{model_name="first"} 0' in metrics
+    assert 'vllm:num_requests_running{model_name="endless"} 0' in metrics
 
 
 def test_chinese_is_sent_with_enter_but_not_while_it_is_composed(visit):
@@ -225,17 +227,18 @@ def test_an_example_asks_and_a_new_conversation_begins_anew(visit):
 
 def test_a_seed_repeats_and_answering_again_without_one_does_not(visit):
     visitor = visit()
-    visitor.page.get_by_label("Seed").fill("7")
-    visitor.page.get_by_label("Seed").press("Tab")
-    visitor.set_slider("Temperature", "End")
+    seed = visitor.page.get_by_role("spinbutton", name="Seed")
+    seed.fill("7")
+    seed.press("Tab")
     texts = []
     for again in range(3):
         if again == 2:
-            visitor.page.get_by_label("Seed").fill("")
-            visitor.page.get_by_label("Seed").press("Tab")
+            seed.fill("")
+            seed.press("Tab")
         if again:
+            visitor.page.locator(".hl-answer").evaluate("element => element.classList.add('old')")
             visitor.press("Answer again")
-            visitor.page.wait_for_selector(".hl-text.running")
+            visitor.page.wait_for_selector(".hl-answer:not(.old)")
         else:
             visitor.send("say something")
         visitor.wait_for_end()
@@ -246,8 +249,7 @@ def test_a_seed_repeats_and_answering_again_without_one_does_not(visit):
 def test_the_system_prompt_and_the_history_reach_the_model(visit):
     def ask(system, *questions):
         visitor = visit()
-        visitor.page.get_by_label("Model").first.click()
-        visitor.page.get_by_role("option", name="second").click()
+        visitor.choose_model("second")
         visitor.page.wait_for_selector(".hl-about:has-text('Another one')")
         if system:
             visitor.page.get_by_placeholder("None").fill(system)
@@ -264,11 +266,34 @@ def test_the_system_prompt_and_the_history_reach_the_model(visit):
 
 def test_a_message_longer_than_the_model_is_explained(visit):
     visitor = visit()
-    visitor.send("fox " * 4000)
+    visitor.send("fox " * 60_000)
     visitor.page.wait_for_selector(".hl-notice:has-text('too long')")
     visitor.send("hello")
-    visitor.wait_for_end_of_last = visitor.page.wait_for_selector(".hl-figures:has-text('tokens')")
+    visitor.page.wait_for_selector(".hl-figures:has-text('tokens')")
     assert visitor.answer()
+
+
+def test_a_closed_page_frees_its_place(browser, address):
+    visitor = Visitor(browser, address)
+    visitor.choose_model("endless")
+    visitor.send("go on")
+    visitor.page.wait_for_function("document.querySelector('.hl-text')?.textContent.length > 20")
+    running = 'vllm:num_requests_running{model_name="endless"} '
+    assert running + "1" in httpx.get(f"{address}/metrics").text
+    visitor.close()
+    wait_until(lambda: running + "0" in httpx.get(f"{address}/metrics").text, seconds=25)
+
+
+def test_the_settings_slide_over_a_narrow_page_and_stand_beside_a_wide_one(visit):
+    phone, desk = visit(viewport={"width": 390, "height": 720}), visit()
+    temperature = ".hl-drawer [role=slider][aria-label=Temperature]"
+    assert desk.page.locator(temperature).is_visible()
+    phone.page.wait_for_timeout(300)
+    assert not phone.page.locator(temperature).is_visible()
+    phone.press("Settings")
+    phone.page.wait_for_selector(temperature, state="visible")
+    phone.press("Close")
+    phone.page.wait_for_selector(temperature, state="hidden")
 
 
 def test_markup_in_messages_stays_text(visit):

@@ -6,11 +6,10 @@ at or below its bound.
 
 import time
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from hanlin.engine import Completion, Engine, Event
+from hanlin.engine import Engine, EngineStats, Event
 
 SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
@@ -37,11 +36,8 @@ class Histogram:
 
 @dataclass
 class ModelMetrics:
-    """What happened to one model's requests; used by the event loop's thread only."""
+    """How long one model's requests took; used by the event loop's thread only. Counts come from the engine."""
 
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    finished: Counter[str] = field(default_factory=Counter)
     first_token: Histogram = field(default_factory=Histogram)
     between_tokens: Histogram = field(default_factory=Histogram)
     whole: Histogram = field(default_factory=Histogram)
@@ -70,14 +66,7 @@ class Watch:
                 self._metrics.first_token.observe(now - self._start)
             self._last[part] = now
         if event.completion is not None:
-            self._finish(event.completion, now)
-
-    def _finish(self, completion: Completion, now: float) -> None:
-        metrics = self._metrics
-        metrics.prompt_tokens += completion.usage.prompt_tokens if completion.index == 0 else 0
-        metrics.generation_tokens += completion.usage.completion_tokens
-        metrics.finished[completion.finish_reason] += 1
-        metrics.whole.observe(now - self._start)
+            self._metrics.whole.observe(now - self._start)
 
 
 def render_metrics(engines: Mapping[str, Engine], metrics: Mapping[str, ModelMetrics]) -> str:
@@ -89,10 +78,11 @@ def render_metrics(engines: Mapping[str, Engine], metrics: Mapping[str, ModelMet
 
     for model, engine in engines.items():
         labels = f'model_name="{_escape(model)}"'
-        for name, kind, help_text, value in _figures(engine, metrics[model]):
+        stats, m = engine.stats(), metrics[model]
+        for name, kind, help_text, value in _figures(stats):
             add(name, kind, help_text, [f"vllm:{name}{{{labels}}} {value}"])
-        m = metrics[model]
-        reasons = [f'vllm:request_success_total{{{labels},finished_reason="{r}"}} {m.finished[r]}' for r in REASONS]
+        ends = [(reason, stats.finished.get(reason, 0)) for reason in REASONS]
+        reasons = [f'vllm:request_success_total{{{labels},finished_reason="{r}"}} {count}' for r, count in ends]
         add("request_success_total", "counter", "Completions by the reason of their end.", reasons)
         for name, help_text, histogram in (
             ("time_to_first_token_seconds", "From the request to its first token.", m.first_token),
@@ -106,17 +96,18 @@ def render_metrics(engines: Mapping[str, Engine], metrics: Mapping[str, ModelMet
     )
 
 
-REASONS = ("stop", "length", "abort")
+REASONS = ("stop", "length", "abort", "error")
 
 
-def _figures(engine: Engine, metrics: ModelMetrics) -> list[tuple[str, str, str, float]]:
-    stats = engine.stats()
+def _figures(stats: EngineStats) -> list[tuple[str, str, str, float]]:
     return [
         ("num_requests_running", "gauge", "Sequences being computed.", stats.running),
         ("num_requests_waiting", "gauge", "Requests in the queue.", stats.waiting),
         ("kv_cache_usage_perc", "gauge", "Fraction of the cache in use, 0 to 1.", stats.cache_usage),
-        ("prompt_tokens_total", "counter", "Prompt tokens of finished requests.", metrics.prompt_tokens),
-        ("generation_tokens_total", "counter", "Tokens of finished requests.", metrics.generation_tokens),
+        ("prompt_tokens_total", "counter", "Prompt tokens of the requests that were begun.", stats.prompt_tokens),
+        ("generation_tokens_total", "counter", "Tokens generated.", stats.generated_tokens),
+        ("prefix_cache_queries_total", "counter", "Prompt tokens looked up in the cache.", stats.prompt_tokens),
+        ("prefix_cache_hits_total", "counter", "Prompt tokens found in the cache.", stats.cached_tokens),
     ]
 
 

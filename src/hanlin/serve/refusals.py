@@ -74,7 +74,7 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "prompt_logprobs": (_never, "use /v1/completions with echo and logprobs"),
     "return_token_ids": (_one_of(False), "use /tokenize"),
     "priority": (_zero, "requests are served in the order of their arrival"),
-    "cache_salt": (_never, "there is no cache shared between requests"),
+    "cache_salt": (_never, "the cache of prompts is not divided among clients"),
     "continuous_usage_stats": (_one_of(False), "usage comes with the last chunk"),
     "thinking_token_budget": (_never, "the models served here have no reasoning switch"),
     "typical_p": (_one, "this sampler does not exist here"),

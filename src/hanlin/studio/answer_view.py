@@ -47,10 +47,10 @@ class AnswerView:
         self._language = language
         self._context = context
         self._sheet_begin = 0
-        with ui.element("article").classes("hl-answer").mark("answer"):
+        with ui.element("article").classes("hl-answer"):
             ui.element("div").classes("hl-seal small").props('aria-hidden="true"')
             with ui.element("div").classes("hl-answer-column"):
-                self._text = ui.element("div").classes("hl-text").props('aria-live="polite"').mark("text")
+                self._text = ui.element("div").classes("hl-text").props('aria-live="polite"')
                 self._text.on("mouseover", lambda event: on_point(answer, _arguments(event)), js_handler=POINT)
                 self._text.on("click", lambda event: on_point(answer, _arguments(event)), js_handler=POINT)
                 self._text.on("mouseleave", lambda: on_point(answer, None), args=[])
@@ -65,8 +65,8 @@ class AnswerView:
                     if on_again is not None:
                         ui.button(icon="refresh", on_click=on_again, color=None).props(
                             f'flat round dense size=sm aria-label="{say("regenerate", language)}"'
-                        ).tooltip(say("regenerate", language)).mark("again")
-                    self._figures = ui.label().classes("hl-figures").mark("figures")
+                        ).tooltip(say("regenerate", language))
+                    self._figures = ui.label().classes("hl-figures")
         self.refresh()
 
     def refresh(self) -> None:

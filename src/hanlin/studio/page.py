@@ -1,5 +1,6 @@
 """The chat page: one visitor's conversation with the engines of this process."""
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -32,6 +33,11 @@ ENTER = """(event) => {
   emit(event.target.value);
 }"""
 
+# Keep the cursor in the input, but raise no keyboard on a phone.
+FOCUS = "if (matchMedia('(hover: hover)').matches) document.querySelector('.hl-field textarea')?.focus()"
+
+IS_DARK = "() => emit(document.body.classList.contains('body--dark'))"
+
 
 class ChatPage:
     """State and parts of the page of one visitor. Changing the language builds the parts anew from the state."""
@@ -45,14 +51,17 @@ class ChatPage:
         self.settings = Settings(self.model.sampling)
         self.exchanges: list[Exchange] = []
         self._metrics = metrics or {}
+        self._answering = self._stopping = False
         self._generation: Generation | None = None
         self._view: AnswerView | None = None  # of the last answer
 
     def build(self, *, dark: bool | None) -> None:
         """Put the page into the current client."""
         self._dark = ui.dark_mode(dark)
-        with ui.right_drawer(value=None, fixed=True).classes("hl-drawer").props("width=320 breakpoint=1180") as drawer:
-            self._drawer = drawer
+        self._drawer = (
+            ui.right_drawer(value=False).classes("hl-drawer").props("width=320 breakpoint=1180 show-if-above")
+        )
+        with self._drawer:
             self._drawer_body = ui.element("div").classes("hl-drawer-body")
         self._shell = ui.element("div").classes("hl-shell")
         self._card = ui.element("div").classes("hl-card").props('role="tooltip"')
@@ -94,18 +103,17 @@ class ChatPage:
             if len(self.models) > 1:
                 ui.select(
                     list(self.models), value=self.model.name, on_change=lambda event: self._choose_model(event.value)
-                ).props(f'dense borderless options-dense aria-label="{self._say("model")}"').classes("hl-model").mark(
-                    "model"
-                )
+                ).props(f'dense borderless options-dense aria-label="{self._say("model")}"').classes("hl-model")
             else:
                 ui.label(self.model.name).classes("hl-model-name")
             ui.element("div").classes("hl-space")
-            self._icon_button("add_comment", "new", self._clear).mark("new")
+            self._icon_button("add_comment", "new", self._clear)
             if self.model.card:
                 self._icon_button("info_outline", "about", self._show_about).classes("hl-wide")
-            self._icon_button("translate", "language", self._switch_language).mark("language")
-            self._icon_button("contrast", "dark", self._switch_dark).mark("dark")
-            self._icon_button("tune", "settings", self._drawer.toggle).mark("settings")
+            self._icon_button("translate", "language", self._switch_language)
+            contrast = self._icon_button("contrast", "dark")
+            contrast.on("click", lambda event: self._set_dark(not event.args), js_handler=IS_DARK)
+            self._icon_button("tune", "settings", self._drawer.toggle)
 
     def _build_scroller(self) -> None:
         with ui.element("main").classes("hl-scroller").on("scroll", self._hide_card, args=[], throttle=0.1):
@@ -133,12 +141,12 @@ class ChatPage:
                     for text in examples:
                         ui.button(text, on_click=lambda _, text=text: self.send(text), color=None).props(
                             "flat no-caps"
-                        ).classes("hl-chip").mark("example")
+                        ).classes("hl-chip")
 
     def _build_exchange(self, exchange: Exchange) -> None:
         last = exchange is self.exchanges[-1]
         with ui.element("div").classes("hl-question-row"):
-            ui.label(exchange.question).classes("hl-question").mark("question")
+            ui.label(exchange.question).classes("hl-question")
         view = AnswerView(
             exchange.answer,
             self.language,
@@ -156,24 +164,21 @@ class ChatPage:
                     ui.textarea(placeholder=self._say("placeholder", name=self.model.name))
                     .props('borderless autogrow dense autofocus input-class="hl-input" rows=1')
                     .classes("hl-field")
-                    .mark("input")
                 )
                 self._input.on("keydown", lambda event: self._key(event.args), js_handler=ENTER)
                 self._send = (
                     ui.button(icon="arrow_upward", on_click=lambda: self.send(self._input.value), color=None)
                     .props(f'round unelevated aria-label="{self._say("send")}"')
                     .classes("hl-send")
-                    .mark("send")
                 )
                 self._stop = (
                     ui.button(icon="stop", on_click=self.stop, color=None)
                     .props(f'round unelevated aria-label="{self._say("stop")}"')
                     .classes("hl-send hl-stop")
-                    .mark("stop")
                 )
             ui.label(self._say("footnote")).classes("hl-footnote")
 
-    def _icon_button(self, icon: str, key: str, action: Callable[[], object]) -> ui.button:
+    def _icon_button(self, icon: str, key: str, action: Callable[[], object] | None = None) -> ui.button:
         label = self._say(key)
         return (
             ui.button(icon=icon, on_click=action, color=None)
@@ -190,24 +195,28 @@ class ChatPage:
     async def send(self, text: str | None) -> None:
         """Ask a question, unless an answer is under way."""
         question = (text or "").strip()
-        if not question or self._generation is not None:
+        if not question or self._answering:
             return
         self._input.value = ""
+        ui.run_javascript(FOCUS)
         self.exchanges.append(Exchange(question, Answer(self.model.engine.tokenizer)))
         await self._answer()
 
     async def _again(self) -> None:
-        if self.exchanges and self._generation is None:
+        if self.exchanges and not self._answering:
             self.exchanges[-1].answer = Answer(self.model.engine.tokenizer)
             await self._answer()
 
     async def _answer(self) -> None:
         """Let the model write the last answer, and show it while it comes."""
         answer, model = self.exchanges[-1].answer, self.model
+        self._answering, self._stopping = True, False
         self._rebuild_list()
+        self._show_running()
         try:
-            fitted = fit(
-                self.exchanges,
+            fitted = await asyncio.to_thread(
+                fit,
+                list(self.exchanges),
                 system=self.settings.system,
                 chat=model.engine.tokenizer.chat,
                 context=model.engine.max_context,
@@ -221,7 +230,8 @@ class ChatPage:
                 self.settings.params(max_tokens=fitted.max_tokens),
                 watch=metrics.watch() if metrics else None,
             )
-            self._show_running()
+            if self._stopping:  # asked for while the prompt was being prepared
+                self._generation.abort()
             await self._follow(answer, self._generation)
         except TooLongError as error:
             answer.notice = self._say("too_long", n=model.engine.max_context, needed=error.needed)
@@ -233,7 +243,7 @@ class ChatPage:
             log.exception("An answer failed.")
             answer.notice = self._say("failed")
         finally:
-            self._generation = None
+            self._generation, self._answering = None, False
             self._show_running()
             if self._view is not None:
                 self._view.refresh()
@@ -249,6 +259,7 @@ class ChatPage:
 
     def stop(self) -> None:
         """End the answer that is under way; what there is of it stays."""
+        self._stopping = True
         if self._generation is not None:
             self._generation.abort()
 
@@ -293,8 +304,7 @@ class ChatPage:
         )
         self._fill()
 
-    async def _switch_dark(self) -> None:
-        dark = not await ui.run_javascript("document.body.classList.contains('body--dark')")
+    def _set_dark(self, dark: bool) -> None:
         self._dark.value = dark
         name = "dark" if dark else "light"
         ui.run_javascript(f"document.cookie = 'hanlin_look={name};path=/;max-age={COOKIE_AGE};samesite=strict'")
@@ -317,9 +327,8 @@ class ChatPage:
                 self._build_exchange(exchange)
 
     def _show_running(self) -> None:
-        running = self._generation is not None
-        self._send.set_visibility(not running)
-        self._stop.set_visibility(running)
+        self._send.set_visibility(not self._answering)
+        self._stop.set_visibility(self._answering)
 
     def _point(self, answer: Answer, where: dict[str, float] | None) -> None:
         """Show the card of the token under the pointer: below it, or above where there is no room below."""

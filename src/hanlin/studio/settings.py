@@ -53,7 +53,7 @@ def build_settings(
             value=settings.system,
             placeholder=say("system_placeholder", language),
             on_change=lambda event: setattr(settings, "system", (event.value or "").strip()),
-        ).props("outlined dense autogrow").classes("hl-system").mark("system")
+        ).props("outlined dense autogrow").classes("hl-system")
     with ui.element("section").classes("hl-group"):
         with ui.element("div").classes("hl-heading-row"):
             ui.label(say("sampling", language)).classes("hl-heading")
@@ -78,7 +78,7 @@ def build_settings(
             _label("colour", language)
             ui.switch(value=settings.coloured, on_change=lambda event: on_colour(event.value)).props(
                 f'dense aria-label="{say("colour", language)}"'
-            ).mark("colour")
+            )
         with ui.element("div").classes("hl-legend"):
             ui.label(say("unlikely", language))
             for step in range(7, -1, -1):
@@ -119,4 +119,4 @@ def _slider(
             shown = ui.label(form.format(value)).classes("hl-value")
         ui.slider(min=least, max=most, step=step, value=value, on_change=lambda event: change(event.value)).props(
             f'aria-label="{say(name, language)}"'
-        ).mark(name)
+        )
