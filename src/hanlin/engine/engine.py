@@ -23,6 +23,7 @@ from hanlin.engine.types import Completion, EngineStats, Event, SamplingParams
 from hanlin.engine.worker import Worker
 from hanlin.models.folder import load_model
 from hanlin.models.transformer import Transformer
+from hanlin.nn.frozen import freeze
 from hanlin.tokens import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]  # text, token ids, or chat messages
@@ -79,7 +80,8 @@ class Engine:
     def from_folder(
         cls, path: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto", device: str = "auto", **limits: int
     ) -> "Engine":
-        """The model and tokenizer of a folder.
+        """The model and tokenizer of a folder. On a CPU its weights are laid out for generating (`nn.frozen`): the
+        engine's model can then be neither trained nor saved.
 
         dtype: "float32", "bfloat16" …, or "auto": whichever decodes this model faster here (`faster_dtype`).
         limits: those of the constructor.
@@ -95,6 +97,7 @@ class Engine:
         else:
             model = load_model(path, device=target)
             model = model.to(faster_dtype(model))
+        freeze(model)
         return cls(model, tokenizer, **limits)
 
     def generate(
