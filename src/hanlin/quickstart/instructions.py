@@ -36,7 +36,7 @@ HALF_LIMIT = 120  # characters of either half of a sentence to be continued
 class InstructionSettings(Section):
     """How many examples of each group. Counts are for both languages together."""
 
-    facts: Annotated[int, Field(ge=0, description="facts that newcomers ask first, or passages of your own text")] = 200
+    facts: Annotated[int, Field(ge=0, description="facts that newcomers ask first, or passages of your own text")] = 300
     wordings: Annotated[int, Field(gt=0, description="wordings of a `what` question for each fact and language")] = 12
     documented: Annotated[int, Field(ge=0, description="further functions, each asked about once")] = 1500
     expressions: Annotated[int, Field(ge=0)] = 4000
