@@ -21,7 +21,7 @@ class TimePlan(Section):
     least_training: Annotated[float, Field(gt=0, lt=1, description="share of the whole that training always gets")] = (
         0.5
     )
-    sft: Annotated[float, Field(gt=0, lt=1, description="share of the training time for instruction tuning")] = 0.28
+    sft: Annotated[float, Field(gt=0, lt=1, description="share of the training time for instruction tuning")] = 0.35
     most_sft_epochs: Annotated[float, Field(gt=0, description="more time than for this goes to pretraining")] = 6.0
     most_epochs: Annotated[float, Field(gt=0, description="passes over the text, at most")] = 8.0
 
