@@ -210,7 +210,8 @@ def faster_dtype(model: Transformer) -> torch.dtype:
     """bf16 where the device is fast in it (CPU: measured), but fp32 for a small model on a CPU.
 
     bf16 reads half the bytes and pays a little for every operation. One Zen core, time of a decode step in bf16 over
-    fp32, for 1 and 8 rows: 1.1M parameters 1.44, 1.14; 3.1M 1.09, 0.76; 10M 0.81, 0.64; 29M 0.69, 0.51; 88M 0.66, 0.44.
+    fp32, for 1 and 8 rows: 1.1M parameters 1.03, 0.99; 3.1M 0.91, 0.86; 10M 0.82, 0.82; 29M and 88M 0.70, 0.65 both.
+    Below 6M the gain is not worth the rounding.
     It is a rule and no race at each start, because the same seed has to draw the same tokens tomorrow.
     """
     if model.device.type == "cpu" and model.parameter_count() < SMALL:

