@@ -62,7 +62,8 @@ def main() -> None:
             name: [sys.executable, __file__, "--steps", str(options.steps), "--one", *side, size]
             for name, side in wanted.items()
         }
-        results = harness.interleave(commands, runs=1 if options.quick else options.runs)
+        compiled = [name for name, side in wanted.items() if side[2] == "compiled"]
+        results = harness.interleave(commands, runs=1 if options.quick else options.runs, retries=2, once=compiled)
         raw[size] = results
         speeds = {name: harness.median(r) for name, r in results.items()}
         rival = max(v for n, v in speeds.items() if n.startswith("transformers"))

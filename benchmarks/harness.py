@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +47,22 @@ def best_seconds(work: Callable[[], Any], budget: float) -> float:
 
 
 def interleave(
-    sides: Mapping[str, Sequence[str]], *, runs: int, calibration: str = "gemm_bf16", retries: int = 4
+    sides: Mapping[str, Sequence[str]],
+    *,
+    runs: int,
+    calibration: str = "gemm_bf16",
+    retries: int = 4,
+    once: Collection[str] = (),
 ) -> dict[str, list[dict[str, Any]]]:
     """Run every side `runs` times, taking turns; each command prints its result as the last line, in JSON, with the
     `calibration` measured in its own process. Runs below 80 % of the best calibration are repeated up to `retries`
-    times and else kept with `disturbed: true`."""
+    times and else kept with `disturbed: true`. once: sides that take minutes to start run in the first turn only."""
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     best = 0.0
     for turn in range(runs):
         for name, command in sides.items():
+            if turn and name in once:
+                continue
             for attempt in range(retries + 1):
                 row = run_side(command)
                 speed = row["calibration"][calibration]
