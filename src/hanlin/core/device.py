@@ -6,6 +6,7 @@ torch is imported inside, so that this file costs nothing until it is used.
 import ctypes
 import os
 import platform
+import re
 import sys
 import time
 from functools import cache
@@ -105,6 +106,11 @@ def peak_memory_bytes() -> int:
     torch: Any = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         return max(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count what the parent held before this program began
+        found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024
     try:
         import resource
     except ModuleNotFoundError:  # Windows
