@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--text", nargs="+", type=Path, metavar="PATH", help="your own files or folders instead")
     parser.add_argument(
-        "--minutes", metavar="N", help="for everything up to the page; scales the training (default 11)"
+        "--minutes", metavar="N", help="for everything up to the page; scales the training (default 10)"
     )
     parser.add_argument("--out", metavar="DIR", help="where everything goes (default runs/quickstart)")
     parser.add_argument("--no-serve", action="store_true", help="end after the report")

@@ -47,7 +47,7 @@ class InstructionSettings(Section):
     several_turns: Annotated[float, Field(ge=0, le=1, description="share of conversations with two or three turns")] = (
         0.1
     )
-    largest_operand: Annotated[int, Field(ge=4, description="single digits: larger sums did worse at this size")] = 9
+    largest_operand: Annotated[int, Field(ge=4, description="with 9, so only one digit, unseen pairs did worse")] = 20
     held_out_pairs: Annotated[float, Field(gt=0, lt=1, description="share of operand pairs kept for evaluation")] = 0.1
     evaluated: Annotated[int, Field(gt=0, description="questions of each group and language in evaluation")] = 50
 

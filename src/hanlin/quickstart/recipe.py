@@ -31,7 +31,7 @@ class QuickstartRecipe(Recipe):
 
     out: Annotated[Path, Field(description="folder of everything that is made")] = Path("runs/quickstart")
     text: Annotated[list[Path], Field(default_factory=list, description="your own files; none: Python's documentation")]
-    minutes: Annotated[float, Field(gt=0, description="for everything up to the page; scales the training")] = 11.0
+    minutes: Annotated[float, Field(gt=0, description="for everything up to the page; scales the training")] = 10.0
     seed: int = 0
     vocab_size: Annotated[int, Field(ge=300)] = 4096
     held_out: Annotated[float, Field(gt=0, lt=0.5, description="share of the text that is never trained on")] = 0.04
