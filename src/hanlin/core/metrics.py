@@ -1,8 +1,8 @@
 """`metrics.jsonl`: one object a line, append-only, readable while it grows and after `kill -9`.
 
 Every line of a training run has `step, time, tokens, loss, lr, grad_norm, tokens_per_s, mfu` and whatever the
-objective adds; evaluation lines carry `step, time` and `eval/...` names. The studio, `hanlin runs` and the report
-read it with `read_metrics`.
+objective adds; evaluation lines carry `step, time, tokens` and `eval/...` names. The studio, `hanlin runs` and the
+report read it with `read_metrics`.
 """
 
 import json

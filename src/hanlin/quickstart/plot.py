@@ -30,8 +30,7 @@ def draw_report(evaluation: Mapping[str, Any], pretrain: Sequence[dict], sft: Se
 def draw_loss(axes: Any, rows: Sequence[dict], title: str, colour: str) -> None:
     """Training loss by tokens, and held-out loss where it was measured on the way."""
     points = [(row.get("tokens", 0), row["loss"]) for row in rows if row.get("loss") is not None]
-    at = {row["step"]: row.get("tokens", 0) for row in rows if row.get("loss") is not None}
-    held_out = [(at[r["step"]], r["eval/loss"]) for r in rows if r.get("eval/loss") is not None and r["step"] in at]
+    held_out = [(row["tokens"], row["eval/loss"]) for row in rows if row.get("eval/loss") is not None]
     if points:
         tokens, losses = zip(*points, strict=True)
         axes.plot([t / 1e6 for t in tokens], losses, color=colour, linewidth=1.3, label="training")

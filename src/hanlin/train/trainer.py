@@ -227,7 +227,7 @@ class Trainer:
             self.model.eval()
             found = self.evaluate(self.model, self.state.step)
             self.model.train()
-            self._write(report, {"step": self.state.step, "time": report.elapsed, **found})
+            self._write(report, {"step": self.state.step, "time": report.elapsed, "tokens": self.state.tokens, **found})
         if "eval/loss" in found:
             report.show(eval_loss=found["eval/loss"])
         if not self.settings.keep_best:
