@@ -8,7 +8,7 @@ from tests.models.oracle import load_theirs, logits_of, some_ids
 
 from hanlin.cli import main
 from hanlin.models import load_model
-from hanlin.models.families import FAMILIES
+from hanlin.cli.model import FAMILIES
 from hanlin.models.sizes import model_sizes
 from hanlin.tokens import Tokenizer
 

@@ -1,11 +1,14 @@
 """A proof must be able to fail: each plausible mistake in the forward pass breaks the parity with transformers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tests.models.oracle import logits_of, make_oracle, save_theirs, some_ids
 
-import hanlin.models.transformer as transformer
+import hanlin.models.config as config_file
 from hanlin.models import load_model
+from hanlin.models.shared import Shared
 from hanlin.nn.attention import Attention
 from hanlin.nn.masks import Window
 
@@ -30,28 +33,32 @@ def forget_norm(which: str):
 def shift_rope(model, monkeypatch):
     """Queries and keys turn by positions that are one apart: rotary positions are relative, so only a shift of one
     against the other can be seen, as when a cache counts from the wrong end."""
-    original = transformer.rope_tables
+    original = Shared._tables
 
-    def shifted(positions, *rest):
-        cos, sin = original(positions, *rest)
-        after, turned = original(positions + 1, *rest)
-        middle = positions.shape[-1] // 2
+    def shifted(self, position, width):
+        cos, sin = original(self, position, width)
+        after, turned = original(replace(self, positions=self.positions + 1), position, width)
+        middle = self.length // 2
         return (
             torch.cat([cos[:, :middle], after[:, middle:]], 1),
             torch.cat([sin[:, :middle], turned[:, middle:]], 1),
         )
 
-    monkeypatch.setattr(transformer, "rope_tables", shifted)
+    monkeypatch.setattr(Shared, "_tables", shifted)
 
 
 def wrong_theta(model, monkeypatch):
-    original = transformer.inverse_frequencies
-    monkeypatch.setattr(transformer, "inverse_frequencies", lambda width, theta: original(width, theta * 1.02))
+    original = Shared._tables
+
+    def other(self, position, width):
+        return original(self, replace(position, theta=position.theta * 1.02), width)
+
+    monkeypatch.setattr(Shared, "_tables", other)
 
 
 def window_off_by(step: int):
     def mutate(model, monkeypatch):
-        monkeypatch.setattr(transformer, "Window", lambda size: Window(size + step))
+        monkeypatch.setattr(config_file, "Window", lambda size: Window(size + step))
 
     return mutate
 
@@ -64,7 +71,7 @@ def no_qk_norm(model, _):
 def wrong_scale(model, _):
     for layer in model.model.layers:
         attention: Attention = layer.self_attn
-        attention.scale = model.config.width**-0.5
+        attention.scores = replace(attention.scores, scale=model.config.width**-0.5)
 
 
 def swap_gate_and_up(model, _):

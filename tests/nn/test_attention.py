@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import hanlin.nn.attention as attention_file
-from hanlin.nn.attention import Attention, attend, attend_packed
-from hanlin.nn.masks import Causal, Mask, SameDocument, Window, lower
+from hanlin.nn.attention import Attention, Scores, attend, attend_packed
+from hanlin.nn.masks import Causal, Lowered, Mask, SameDocument, Window, lower
+from hanlin.nn.norms import RMSNorm
 from hanlin.nn.rope import inverse_frequencies, rope_tables
 
 TOLERANCE = {"rtol": 0, "atol": 1e-10}
@@ -67,10 +68,10 @@ def by_loops(layer: Attention, x: torch.Tensor, positions: torch.Tensor, visible
 CASES = {
     "plain": (4, 4, 6, {}, Causal()),
     "grouped, 4 to 1": (4, 1, 4, {"qkv_bias": True, "output_bias": True}, Causal()),
-    "grouped, 2 to 1, norms": (4, 2, 4, {"qk_norm": True}, Causal()),
+    "grouped, 2 to 1, norms": (4, 2, 4, {"qk_norm": RMSNorm}, Causal()),
     "window": (2, 1, 6, {"qkv_bias": True}, Causal() & Window(3)),
     "documents": (2, 2, 4, {}, Causal() & SameDocument(torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 2]]))),
-    "both ways": (2, 1, 4, {"qk_norm": True}, Causal() | Window(99)),
+    "both ways": (2, 1, 4, {"qk_norm": RMSNorm}, Causal() | Window(99)),
 }
 
 
@@ -131,7 +132,7 @@ def test_long_rows_equal_the_formula(name, heads, fused, monkeypatch):
     index = torch.arange(150)
     mask = MASKS[name]
     turned = [t.transpose(1, 2) for t in (q, k, v)]
-    out = attend(*turned, lower(mask, 150, dtype=torch.float64, device=q.device), 0.3)
+    out = attend(*turned, Scores(0.3, mask), lower(mask, 150, dtype=torch.float64, device=q.device))
     expected = softmax_attention(*turned, mask.dense(index, index), 0.3)
     torch.testing.assert_close(out, expected, **TOLERANCE)
     direction = torch.randn_like(out)
@@ -148,7 +149,7 @@ def test_every_length_around_a_block_is_right(length):
     torch.manual_seed(2)
     q, k, v = (torch.randn(1, heads, length, 4, dtype=torch.float64) for heads in (4, 2, 2))
     visible = torch.ones(1, length, length, dtype=torch.bool).tril()
-    out = attend(q, k, v, lower(Causal(), length, dtype=q.dtype, device=q.device), 0.5)
+    out = attend(q, k, v, Scores(0.5, Causal()), lower(Causal(), length, dtype=q.dtype, device=q.device))
     torch.testing.assert_close(out, softmax_attention(q, k, v, visible, 0.5), **TOLERANCE)
 
 
@@ -157,7 +158,7 @@ def test_the_gradient_of_a_sum_is_right():
     torch.manual_seed(3)
     q, k, v = (torch.randn(2, heads, 70, 4, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
     visible = torch.ones(1, 70, 70, dtype=torch.bool).tril()
-    out = attend(q, k, v, lower(Causal(), 70, dtype=q.dtype, device=q.device), 0.5)
+    out = attend(q, k, v, Scores(0.5, Causal()), lower(Causal(), 70, dtype=q.dtype, device=q.device))
     found = torch.autograd.grad(out.sum(), (q, k, v))
     expected = torch.autograd.grad(softmax_attention(q, k, v, visible, 0.5).sum(), (q, k, v))
     for a, b in zip(found, expected, strict=True):
@@ -171,7 +172,7 @@ def test_low_precision_stays_near(dtype):
     visible = torch.ones(1, 130, 130, dtype=torch.bool).tril()
     expected = softmax_attention(q.double(), k.double(), v.double(), visible, 0.25)
     lowered = lower(Causal() & Window(1000), 130, dtype=dtype, device=q.device)
-    out = attend(q.to(dtype), k.to(dtype), v.to(dtype), lowered, 0.25)
+    out = attend(q.to(dtype), k.to(dtype), v.to(dtype), Scores(0.25, Causal()), lowered)
     assert out.dtype == dtype
     assert (out - expected).abs().max() <= (1e-5 if dtype == torch.float32 else 0.05)
 
@@ -192,3 +193,40 @@ def test_few_queries_over_many_keys_equal_the_formula(heads, length, biased):
     out = attend_packed(q, k, v, bias, 0.3)
     expected = softmax_attention(q.transpose(1, 2), k, v, visible, 0.3).transpose(1, 2)
     torch.testing.assert_close(out, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["blocks", "SDPA"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_bias_of_each_head_is_added(fused, rows, monkeypatch):
+    """ALiBi's and T5's biases differ by head, and values may be of another width than keys (MLA)."""
+    if not fused:
+        monkeypatch.setattr(attention_file, "worth_it", lambda q: False)
+    torch.manual_seed(6)
+    q, k = (torch.randn(2, heads, 70, 6, dtype=torch.float64, requires_grad=True) for heads in (4, 2))
+    v = torch.randn(2, 2, 70, 3, dtype=torch.float64, requires_grad=True)
+    future = torch.full((70, 70), float("-inf"), dtype=torch.float64).triu(1)
+    bias = torch.randn(rows, 4, 70, 70, dtype=torch.float64) + future
+    out = attend(q, k, v, Scores(0.4, Causal()), Lowered(True, bias))
+    scores = q @ k.repeat_interleave(2, 1).transpose(-1, -2) * 0.4 + bias
+    expected = scores.softmax(-1) @ v.repeat_interleave(2, 1)
+    torch.testing.assert_close(out, expected, **TOLERANCE)
+    direction = torch.randn_like(out)
+    for a, b in zip(
+        torch.autograd.grad(out, (q, k, v), direction), torch.autograd.grad(expected, (q, k, v), direction), strict=True
+    ):
+        torch.testing.assert_close(a, b, **TOLERANCE)
+
+
+def test_soft_cap_and_sinks_equal_loops():
+    torch.manual_seed(7)
+    q, k, v = (torch.randn(2, heads, 9, 5, dtype=torch.float64) for heads in (4, 2, 2))
+    sinks = torch.randn(4, dtype=torch.float64)
+    scores = Scores(0.7, Causal(), softcap=1.5, sinks=sinks)
+    out = attend(q, k, v, scores, lower(Causal(), 9, dtype=q.dtype, device=q.device))
+    for row in range(2):
+        for head in range(4):
+            for i in range(9):
+                logits = [1.5 * math.tanh(0.7 * float(q[row, head, i] @ k[row, head // 2, j]) / 1.5) for j in range(i + 1)]
+                total = sum(math.exp(s) for s in logits) + math.exp(float(sinks[head]))
+                expected = sum(math.exp(s) / total * v[row, head // 2, j] for j, s in enumerate(logits))
+                torch.testing.assert_close(out[row, head, i], expected, **TOLERANCE)

@@ -1,6 +1,8 @@
 """Keys and values of running sequences in one contiguous tensor a layer.
 
-    keys, values: (slots, kv_heads, room, head_dim)      slot = one sequence; lengths (slots,) = tokens held
+    keys, values: (slots, kv_heads, room, width)      slot = one sequence; lengths (slots,) = tokens held
+
+A latent cache (MLA) has no values of its own: they are the first numbers of its keys.
 
 `step` gives the `nn.attention.Cache` of one forward pass over some slots. Running sequences are kept in the first slots
 (`move`), so that a decode step attends over a strided view and copies nothing. The paged cache will stand behind the
@@ -18,9 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hanlin.kernels.attention import DecodeStep
 from hanlin.models.config import ModelConfig
-from hanlin.nn.attention import Cache, attend, attend_packed
-from hanlin.nn.masks import Causal, Lowered, Window, lower
+from hanlin.nn.attention import Cache, Scores, attend, attend_packed, plain_attention
+from hanlin.nn.mask_lowering import Lowered, fit, lower
+from hanlin.nn.masks import Bidirectional, Causal, Mask, Window, reach
 
 CHUNK = 256  # room is allocated in multiples of this many tokens
 
@@ -34,7 +38,7 @@ class ContiguousCache:
         self.slots, self.capacity = slots, capacity
         self.lengths = torch.zeros(slots, dtype=torch.int64, device=device)
         self.held = [0] * slots  # `lengths` again, where reading it never waits for the device
-        self._shapes = [(layer.attention.kv_heads, layer.attention.head_dim) for layer in config.layers]
+        self._shapes = [layer.attention.kv_shape for layer in config.layers]  # (kv_heads, key width, value width)
         self._dtype = dtype
         self.room = 0
         self.keys: list[Tensor] = []
@@ -82,11 +86,11 @@ class ContiguousCache:
         grown = max(length, 2 * self.room)  # doubling: each token is moved less than twice on average
         room = min(-(-grown // CHUNK) * CHUNK, self.capacity)
         used, kept = max((s + 1 for s, n in enumerate(self.held) if n), default=0), max(self.held)
-        for tensors in (self.keys, self.values):
-            for layer, (kv_heads, head_dim) in enumerate(self._shapes):
+        for which, tensors in ((1, self.keys), (2, self.values)):
+            for layer, shape in enumerate(self._shapes):
                 # zeros: what lies past a row's end is masked, but a NaN left in memory would survive the mask
                 larger = torch.zeros(
-                    self.slots, kv_heads, room, head_dim, dtype=self._dtype, device=self.lengths.device
+                    self.slots, shape[0], room, shape[which], dtype=self._dtype, device=self.lengths.device
                 )
                 if used:
                     larger[:used, :, :kept] = tensors[layer][:used, :, :kept]
@@ -117,35 +121,52 @@ class _Step:
         cache.lengths[self._rows] += new
         for slot in slots:
             cache.held[slot] += new
-        self._biases: dict[int | None, Tensor | None] = {}
-        self._lowered: dict[int | None, Lowered] = {}
+        self._biases: dict[Mask, tuple[int, Tensor | None]] = {}
+        self._lowered: dict[Mask, Lowered] = {}
         self._places: dict[int, Tensor] = {}
+        self._windows: dict[Mask, int | None] = {}
+        self._decode = DecodeStep(starts, first) if in_a_row and new == 1 else None
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor | None, scores: Scores, *, value_dim: int | None = None
+    ) -> Tensor:
         keys, values = self._cache.keys[layer], self._cache.values[layer]
+        plain = scores.plain and scores.bias is None
+        if self._decode is not None and plain and v is not None and (window := self._window(scores.mask)) is not None:
+            out = self._decode.attend(q, k, v, keys, values, scale=scores.scale, window=window)
+            if out is not None:
+                return out
         self._write(keys, k)
-        self._write(values, v)
-        if self._high == 0 and self._new > 1:
-            return self._attend_fresh(q, k, v, scale, window)
+        if v is None:
+            values, v = keys[..., :value_dim], k[..., :value_dim]
+        else:
+            self._write(values, v)
+        if plain and self._high == 0 and self._new > 1:
+            return self._attend_fresh(q, k, v, scores)
         end = self._high + self._new
-        window = None if window is None or window >= end else window
-        begin = 0 if window is None else max(0, self._low + 1 - window)  # the first key that any query may see
+        begin, hidden = self._hidden(scores.mask, end, q.dtype)
         seen_k, seen_v = keys[self._rows, :, begin:end], values[self._rows, :, begin:end]  # (rows, kv_heads, L, D)
-        bias = self._bias(begin, end, window, q.dtype)
+        if not plain:
+            bias = None if hidden is None else hidden[:, None]  # (rows or 1, 1, T, L)
+            if scores.bias is not None:
+                index = torch.arange(begin, end, device=q.device)[None]
+                added = scores.bias(self.positions, index).to(q.dtype)
+                bias = added if bias is None else added + bias
+            return plain_attention(q.transpose(1, 2), seen_k, seen_v, scores, bias).transpose(1, 2)
         if self._new > 1:
-            return attend_packed(q, seen_k, seen_v, bias, scale)
+            return attend_packed(q, seen_k, seen_v, hidden, scores.scale)
         rows, _, heads, dim = q.shape
         tile = q.view(rows, seen_k.shape[1], -1, dim)  # (rows, kv_heads, heads / kv_heads, D)
-        out = F.scaled_dot_product_attention(tile, seen_k, seen_v, None if bias is None else bias[:, None], scale=scale)
-        return out.reshape(rows, 1, heads, dim)
+        bias = None if hidden is None else hidden[:, None]
+        out = F.scaled_dot_product_attention(tile, seen_k, seen_v, bias, scale=scores.scale)
+        return out.reshape(rows, 1, heads, out.shape[-1])
 
-    def _attend_fresh(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    def _attend_fresh(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
         """Nothing came before: the step's own keys are all there is."""
-        if window not in self._lowered:
-            mask = Causal() if window is None or window >= self._new else Causal() & Window(window)
-            self._lowered[window] = lower(mask, self._new, dtype=q.dtype, device=q.device)
+        if scores.mask not in self._lowered:
+            self._lowered[scores.mask] = lower(scores.mask, self._new, dtype=q.dtype, device=q.device)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (rows, heads, T, D)
-        return attend(q, k, v, self._lowered[window], scale).transpose(1, 2)
+        return attend(q, k, v, scores, self._lowered[scores.mask]).transpose(1, 2)
 
     def _write(self, store: Tensor, new: Tensor) -> None:
         """store (slots, kv_heads, room, D) <- new (rows, T, kv_heads, D)."""
@@ -160,16 +181,26 @@ class _Step:
             self._places[kv_heads] = place.flatten()  # (rows * T * kv_heads,)
         store.view(-1, dim).index_copy_(0, self._places[kv_heads], new.reshape(-1, dim))
 
-    def _bias(self, begin: int, end: int, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """Added to the scores of the keys at begin … end: (rows or 1, T, L); None where every query sees them all."""
-        if window not in self._biases:
-            self._biases[window] = None
-            if self._new > 1 or not self._level:
+    def _window(self, mask: Mask) -> int | None:
+        """How many keys a mask that is nothing but a causal window shows, 0 for all of them; None: it is another mask."""
+        if mask not in self._windows:
+            size = reach(mask)
+            window = 0 if mask == Causal() else size
+            self._windows[mask] = window if window == 0 or mask == Causal() & Window(window or 1) else None
+        return self._windows[mask]
+
+    def _hidden(self, mask: Mask, end: int, dtype: torch.dtype) -> tuple[int, Tensor | None]:
+        """The first key that any query may see, and what is added to the scores of the keys from there to `end`:
+        (rows or 1, T, L), 0 or -inf; None where every query sees them all."""
+        if mask not in self._biases:
+            window = reach(mask)
+            begin = 0 if window is None else max(0, self._low + 1 - window)
+            every = fit(mask, end, end) in (Causal(), Bidirectional())
+            bias = None
+            if self._new > 1 or not self._level or not every:
                 index = torch.arange(begin, end, device=self.positions.device)
-                position = (self.positions[:1] if self._level else self.positions)[..., None]
-                hidden = index > position
-                if window is not None:
-                    hidden |= index <= position - window
-                zeros = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
-                self._biases[window] = zeros.masked_fill_(hidden, float("-inf"))
-        return self._biases[window]
+                shown = mask.dense(self.positions[:1] if self._level else self.positions, index)
+                if not (self._new == 1 and self._level and bool(shown.all())):
+                    bias = torch.zeros(shown.shape, dtype=dtype, device=index.device).masked_fill_(~shown, float("-inf"))
+            self._biases[mask] = begin, bias
+        return self._biases[mask]

@@ -14,8 +14,9 @@ from hanlin.core.device import choose_device
 from hanlin.core.errors import HanlinError
 from hanlin.core.files import read_json, write_json
 from hanlin.models.config import ModelConfig
-from hanlin.models.families import find_family
-from hanlin.models.formats.safetensors import FLOATS, find_weights, read_shapes, read_weights, write_weights
+from hanlin.models.families import Family, find_family
+from hanlin.models.families.weights import Bound
+from hanlin.models.formats.safetensors import FLOATS, WeightReader, find_weights, read_shapes, write_weights
 from hanlin.models.transformer import Transformer
 from hanlin.nn.linear import PackedLinear
 
@@ -49,20 +50,22 @@ def load_model(
     """
     folder, json = _read_config(path)
     config = load_config(folder)
-    held = _ours_by_theirs(config, folder)
+    family = find_family(config.family, "family")
+    held = _weights_of(family, config, folder)
     if dtype == "auto":
         dtype = _saved_dtype(json, held, folder)
     with torch.device("meta"):  # nothing is drawn at random only to be overwritten
         model = Transformer(config)
-    _check_shapes(model, held, folder)
-    _fill(model, held, folder, dtype, choose_device(str(device)))
+    bound = family.bind(config, _shapes(_stored(model)))
+    extra = _check_shapes(model, family, bound, held, folder)
+    _fill(model, bound, held, extra, folder, dtype, choose_device(str(device)))
     return model.eval()
 
 
 def stored_dtype(path: str | os.PathLike[str]) -> torch.dtype:
     """What `dtype="auto"` means for this folder: what `config.json` says, else that of the stored weights."""
     folder, json = _read_config(path)
-    held = {} if _named_dtype(json) else _ours_by_theirs(load_config(folder), folder)
+    held = {} if _named_dtype(json) else find_weights(folder)
     return _saved_dtype(json, held, folder)
 
 
@@ -80,7 +83,11 @@ def save_model(model: Transformer, path: str | os.PathLike[str], *, shard_bytes:
     family = find_family(config.family, "The model's family (`ModelConfig.family`)")
     json = family.write(config)
     json["dtype"] = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
-    weights = {family.their_name(name): tensor for name, tensor in _stored(model).items()}
+    tensors = _stored(model)
+    weights: dict[str, Tensor] = {}
+    for row in family.bind(config, _shapes(tensors)):
+        made = row.rule.to_theirs([tensors[name] for name in row.ours], config)
+        weights |= zip(row.theirs, made, strict=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_weights(weights, folder, shard_bytes=shard_bytes)
     generation = {k: json[k] for k in TOKEN_IDS if json[k] is not None}
@@ -110,29 +117,28 @@ def _stored(model: Transformer) -> dict[str, Tensor]:
     """Our name -> tensor of everything a file holds: tied weights once, under the embedding's name."""
     tensors = model.state_dict()
     if model.config.tied_embeddings:
-        del tensors[HEAD]
+        tensors.pop(HEAD, None)
     return tensors
 
 
-def _ours_by_theirs(config: ModelConfig, folder: Path) -> dict[str, tuple[str, Path]]:
-    """Their name -> (our name, file) of every weight that takes part."""
-    family = find_family(config.family, "family")
-    return {
-        theirs: (ours, file)
-        for theirs, file in find_weights(folder).items()
-        if (ours := family.our_name(theirs)) is not None
-    }
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _weights_of(family: Family, config: ModelConfig, folder: Path) -> dict[str, Path]:
+    """Their name -> file of every weight that takes part."""
+    return {theirs: file for theirs, file in find_weights(folder).items() if not family.is_skipped(theirs)}
 
 
 def _named_dtype(json: dict[str, Any]) -> str | None:
     return json.get("dtype") or json.get("torch_dtype")
 
 
-def _saved_dtype(json: dict[str, Any], held: dict[str, tuple[str, Path]], folder: Path) -> torch.dtype:
+def _saved_dtype(json: dict[str, Any], held: dict[str, Path], folder: Path) -> torch.dtype:
     named = _named_dtype(json)
     if named is None:
-        files = {theirs: file for theirs, (ours, file) in held.items() if ours == EMBEDDING}
-        return next((tensor.dtype for _, tensor in read_weights(files)), torch.float32)
+        with WeightReader(dict(list(held.items())[:1])) as reader:
+            return next((reader.read(name).dtype for name in reader.names), torch.float32)
     dtype = getattr(torch, str(named).removeprefix("torch."), None)
     if dtype not in FLOATS:
         known = ", ".join(sorted(str(d).removeprefix("torch.") for d in FLOATS))
@@ -140,18 +146,25 @@ def _saved_dtype(json: dict[str, Any], held: dict[str, tuple[str, Path]], folder
     return dtype
 
 
-def _check_shapes(model: Transformer, held: dict[str, tuple[str, Path]], folder: Path) -> None:
-    family = find_family(model.config.family, "family")
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    optional = {HEAD} if model.config.tied_embeddings else set()
-    found = {ours for ours, _ in held.values()}
-    missing = sorted(family.their_name(name) for name in expected.keys() - found - optional)
-    surplus = sorted(theirs for theirs, (ours, _) in held.items() if ours not in expected)
-    shapes = read_shapes({theirs: file for theirs, (_, file) in held.items()})
+def _check_shapes(
+    model: Transformer, family: Family, bound: list[Bound], held: dict[str, Path], folder: Path
+) -> dict[str, str]:
+    """Refuse weights that do not fit. Returns {their name: our name} of a tied head that is stored all the same."""
+    ours = _shapes(model.state_dict())
+    expected: dict[str, tuple[int, ...]] = {}
+    for row in bound:
+        expected |= row.shapes(ours, model.config)
+    optional: dict[str, str] = {}
+    if model.config.tied_embeddings and model.lm_head is not None:
+        optional = {row.theirs[0]: HEAD for row in family.bind(model.config, {HEAD: ours[HEAD]})}
+        expected |= {theirs: ours[name] for theirs, name in optional.items()}
+    missing = sorted(expected.keys() - held.keys() - optional.keys())
+    surplus = sorted(held.keys() - expected.keys())
+    shapes = read_shapes({theirs: file for theirs, file in held.items() if theirs in expected})
     wrong = [
-        f"{theirs} is {list(shapes[theirs])}, expected {list(expected[ours])}"
-        for theirs, (ours, _) in sorted(held.items())
-        if ours in expected and shapes[theirs] != expected[ours]
+        f"{theirs} is {list(found)}, expected {list(expected[theirs])}"
+        for theirs, found in sorted(shapes.items())
+        if found != expected[theirs]
     ]
     kinds = {"missing": missing, "not part of this model": surplus, "of the wrong shape": wrong}
     problems = [f"{kind}: {_some(names)}" for kind, names in kinds.items() if names]
@@ -160,33 +173,44 @@ def _check_shapes(model: Transformer, held: dict[str, tuple[str, Path]], folder:
         if missing == [HEAD]:
             advice = 'If the head shares the embedding, config.json needs "tie_word_embeddings": true.'
         raise HanlinError(f"The weights in {folder} do not fit its config.json. {'; '.join(problems)}. {advice}")
+    return {theirs: name for theirs, name in optional.items() if theirs in held}
 
 
 @torch.no_grad()
 def _fill(
-    model: Transformer, held: dict[str, tuple[str, Path]], folder: Path, dtype: torch.dtype, device: torch.device
-) -> None:
+    model: Transformer, bound: list[Bound], held: dict[str, Path], extra: dict[str, str], folder: Path,
+    dtype: torch.dtype, device: torch.device,
+) -> None:  # fmt: skip
     """Give a model without memory its weights; each is copied once, out of the mapped file to where it will stay."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
     packed = tuple(f"{name}.{part}." for name, layer in layers.items() for part in layer.packed)
+    shapes = _shapes(model.state_dict())
     tensors: dict[str, Tensor] = {}
-    for theirs, tensor in read_weights({theirs: file for theirs, (_, file) in held.items()}):
-        ours, file = held[theirs]
-        if tensor.dtype not in FLOATS:
-            raise HanlinError(
-                f"{file}: the weight {theirs!r} is stored as {str(tensor.dtype).removeprefix('torch.')}; Hanlin reads "
-                "float64, float32, bfloat16 and float16. Use the unquantised model."
-            )
-        tensors[ours] = tensor.to(device, dtype, copy=not ours.startswith(packed))  # packing copies those
-    if model.config.tied_embeddings:
-        head = tensors.pop(HEAD, None)
-        if head is not None and not torch.equal(head, tensors[EMBEDDING]):
-            raise HanlinError(
-                f'{folder}: config.json says "tie_word_embeddings": true, but the weights hold a {HEAD} that differs '
-                f"from {EMBEDDING}. Which of the two is right cannot be told from here."
-            )
+    with WeightReader(held) as reader:
+
+        def read(theirs: str) -> Tensor:
+            tensor = reader.read(theirs)
+            if tensor.dtype not in FLOATS:
+                raise HanlinError(
+                    f"{held[theirs]}: the weight {theirs!r} is stored as {str(tensor.dtype).removeprefix('torch.')}; "
+                    "Hanlin reads float64, float32, bfloat16 and float16. Use the unquantised model."
+                )
+            return tensor
+
+        for row in bound:
+            made = row.rule.to_ours([read(n) for n in row.theirs], [shapes[n] for n in row.ours], model.config)
+            for name, tensor in zip(row.ours, made, strict=True):
+                stays = name.startswith(packed)  # packing copies those
+                tensors[name] = tensor.to(device, dtype, copy=not stays, memory_format=torch.contiguous_format)
+        for theirs in extra:
+            head = read(theirs).to(device, dtype)
+            if not torch.equal(head, tensors[EMBEDDING]):
+                raise HanlinError(
+                    f'{folder}: config.json says "tie_word_embeddings": true, but the weights hold a {theirs} that '
+                    f"differs from {EMBEDDING}. Which of the two is right cannot be told from here."
+                )
     model.load_state_dict(tensors, strict=False, assign=True)
-    if model.config.tied_embeddings:
+    if model.config.tied_embeddings and model.lm_head is not None:
         model.lm_head.weight = model.model.embed_tokens.weight
     for layer in layers.values():
         layer.pack()

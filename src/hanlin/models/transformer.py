@@ -1,59 +1,50 @@
-"""The one Transformer: pre-norm decoder of the Llama / Qwen3 kind, built from a `ModelConfig`.
+"""The one Transformer: decoder, encoder or both, built from a `ModelConfig`. No family has a class of its own.
 
-    x = embed(ids);  x += attention(norm(x));  x += feed_forward(norm(x));  logits = head(norm(x))
+    x = embed(ids);  for each layer: x = x + mix(norm(x));  x = x + feed_forward(norm(x));  logits = head(norm(x))
 
-Module names are the Hugging Face names, so a checkpoint needs no translation for the families that use them.
+`models.layer` holds a layer and its embedding, `models.config` every way in which models differ. Module names are the
+Hugging Face names of Llama, so a checkpoint of the families that use them needs no translation.
 """
 
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hanlin.models.config import LayerConfig, ModelConfig
-from hanlin.nn.attention import Attention, Cache
-from hanlin.nn.feed_forward import SwiGLU
+from hanlin.models.config import ModelConfig
+from hanlin.models.layer import Stack, build_model_norm
+from hanlin.models.shared import Shared
+from hanlin.nn.activations import activation
+from hanlin.nn.attention import Cache
 from hanlin.nn.linear import Linear
-from hanlin.nn.masks import Causal, Lowered, Mask, Window, lower
-from hanlin.nn.norms import RMSNorm
-from hanlin.nn.rope import inverse_frequencies, rope_tables
+from hanlin.nn.mask_lowering import Lowered, lower
+from hanlin.nn.masks import Mask
+from hanlin.nn.routing import Routing
 
 
 @dataclass(frozen=True)
 class Output:
-    """hidden (rows, T, width): after the last norm. logits (rows, T or 1, vocabulary), or None if not asked for."""
+    """hidden (rows, T, width): after the last norm. logits (rows, T or 1, vocabulary), or None if not asked for.
+    routing: how each layer with experts routed its tokens, for the losses that balance them."""
 
     logits: Tensor | None
     hidden: Tensor
+    routing: tuple[Routing, ...] = ()
 
 
-class Layer(nn.Module):
-    def __init__(self, config: LayerConfig, width: int, norm_eps: float, index: int) -> None:
+class HeadTransform(nn.Module):
+    """BERT's dense layer, activation and norm in front of the output matrix (arXiv:1810.04805)."""
+
+    def __init__(self, config: ModelConfig, name: str) -> None:
         super().__init__()
-        a, f = config.attention, config.feed_forward
-        self.input_layernorm = RMSNorm(width, norm_eps)
-        self.self_attn = Attention(
-            width, a.heads, a.kv_heads, a.head_dim, qkv_bias=a.qkv_bias, output_bias=a.output_bias,
-            qk_norm=a.qk_norm, norm_eps=norm_eps, window=a.window, layer=index,
-        )  # fmt: skip
-        self.post_attention_layernorm = RMSNorm(width, norm_eps)
-        self.mlp = SwiGLU(width, f.hidden, bias=f.bias)
+        self.dense = Linear(config.width, config.width)
+        self.activation = activation(name)
+        self.norm = build_model_norm(config)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Lowered | None, cache: Cache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
-
-
-class Decoder(nn.Module):
-    """Embedding, layers and last norm: what the Hugging Face names put under `model.`"""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
-        self.layers = nn.ModuleList(Layer(c, config.width, config.norm_eps, i) for i, c in enumerate(config.layers))
-        self.norm = RMSNorm(config.width, config.norm_eps)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.activation(self.dense(x)))
 
 
 class Transformer(nn.Module):
@@ -66,32 +57,59 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.model = Decoder(config)
-        self.lm_head = Linear(config.width, config.vocab_size, bias=False)
+        self.encoder = Stack(config, config.encoder, embeds=False) if config.encoder else None
+        self.model = Stack(config, config.layers)
+        head = config.head
+        self.head_transform = HeadTransform(config, head.transform) if head is not None and head.transform else None
+        self.lm_head = None if head is None else Linear(config.width, config.vocab_size, bias=head.bias)
         self.compute_dtype: torch.dtype | None = None
-        self._inverse: dict[tuple[torch.device, int], Tensor] = {}  # rotary frequencies: fp32 in any precision
         self.reset_parameters()
-        if config.tied_embeddings:
+        if config.tied_embeddings and self.lm_head is not None:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
+        """Matrices normal with `init_std`, biases 0, norms as their modules begin."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 module.weight.normal_(0.0, self.config.init_std)
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     module.bias.zero_()
-            elif isinstance(module, RMSNorm):
-                module.weight.fill_(1.0)
+            elif hasattr(module, "init_weights"):  # parameters that are no layer of their own: experts, routers
+                module.init_weights(self.config.init_std)
 
     @property
     def device(self) -> torch.device:
         return self.model.embed_tokens.weight.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations."""
+        return self.compute_dtype or self.model.embed_tokens.weight.dtype
+
+    @property
     def head_weight(self) -> Tensor:
         """(vocabulary, width): for losses that never build all logits (`nn.losses.linear_cross_entropy`)."""
-        return self.lm_head.weight
+        return self._head().weight
+
+    @property
+    def head_bias(self) -> Tensor | None:
+        """(vocabulary,), or None."""
+        return self._head().bias
+
+    def head_hidden(self, hidden: Tensor) -> Tensor:
+        """What the output matrix multiplies: hidden states (..., width) through BERT's transform, scaled as T5 does."""
+        head = self.config.head
+        if self.head_transform is not None:
+            hidden = self.head_transform(hidden)
+        return hidden if head is None or head.input_scale == 1 else hidden * head.input_scale
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (..., width) -> (..., vocabulary)."""
+        head, out = self.config.head, self._head()(self.head_hidden(hidden))
+        if head is not None and head.scale != 1:
+            out = out * head.scale
+        return out if head is None or head.softcap is None else torch.tanh(out / head.softcap) * head.softcap
 
     def forward(
         self,
@@ -100,45 +118,56 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         mask: Mask | None = None,
         cache: Cache | None = None,
+        segments: Tensor | None = None,
+        source: Tensor | None = None,
+        source_mask: Mask | None = None,
         logits: Literal["all", "last"] | None = "all",
     ) -> Output:
         """ids (rows, T) int64 -> `Output`.
 
         positions (rows or 1, T): the position of each token in its own document; default 0 … T-1, or the cache's.
-        mask: who sees whom, `Causal()` by default; each layer adds its own window. With packed documents pass
-            `Causal() & SameDocument(documents)` and their positions. Not together with `cache`.
+        mask: who sees whom, by default what the layers say (causal, or everything); each layer adds its own window.
+            With packed documents pass `Causal() & SameDocument(documents)` and their positions.
         cache: one step over rows that continue earlier tokens (`nn.attention.Cache`); cached equals uncached.
+        segments (rows, T): of models that embed them (BERT's sentence A and B); default 0.
+        source (rows, S, width): what `encode` returned, for a model with an encoder; source_mask: which of it is real.
         logits: for every token, for the last one, or not at all (then use `hidden` and `head_weight`).
         """
         if cache is not None and mask is not None:
             raise ValueError(
                 "A cache attends causally to its own sequence: `mask` cannot be given together with `cache`."
             )
+        if (source is None) != (self.encoder is None):
+            found = "needs `source`, what `encode` returns" if source is None else "has no encoder that could give `source`"
+            raise ValueError(f"This model {found}.")
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None] if cache is None else cache.positions
-        dtype = self.compute_dtype or self.model.embed_tokens.weight.dtype
-        x = F.embedding(ids, self.model.embed_tokens.weight).to(dtype)  # (rows, T, width)
-        ropes: dict[int, tuple[Tensor, Tensor]] = {}
-        lowered: dict[int | None, Lowered] = {}
-        base = mask or Causal()
-        for layer in self.model.layers:
-            a = cast(Attention, layer.self_attn)
-            if a.head_dim not in ropes:
-                ropes[a.head_dim] = rope_tables(positions, self._frequencies(a.head_dim), dtype)
-            if cache is None and a.window not in lowered:
-                whole = base if a.window is None or a.window >= ids.shape[1] else base & Window(a.window)
-                lowered[a.window] = lower(whole, ids.shape[1], dtype=dtype, device=ids.device)
-            x = layer(x, ropes[a.head_dim], lowered.get(a.window) if cache is None else None, cache)
-        hidden = self.model.norm(x)
+        reads: Lowered | None = None
+        if source is not None and source_mask is not None:
+            reads = lower(source_mask, ids.shape[1], keys=source.shape[1], dtype=self.dtype, device=ids.device)
+        shared = Shared(
+            positions, ids.shape[1], self.dtype, self.config.max_positions, mask, cache, source, reads, segments
+        )
+        hidden = self.model(F.embedding(ids, self.model.embed_tokens.weight).to(self.dtype), shared)
+        routing = tuple(shared.routing)
         if logits is None:
-            return Output(None, hidden)
-        return Output(self.lm_head(hidden if logits == "all" else hidden[:, -1:]), hidden)
+            return Output(None, hidden, routing)
+        return Output(self.logits(hidden if logits == "all" else hidden[:, -1:]), hidden, routing)
 
-    def _frequencies(self, head_dim: int) -> Tensor:
-        key = (self.device, head_dim)
-        if key not in self._inverse:
-            self._inverse[key] = inverse_frequencies(head_dim, self.config.rope_theta).to(self.device)
-        return self._inverse[key]
+    def encode(self, ids: Tensor, *, positions: Tensor | None = None, mask: Mask | None = None) -> Tensor:
+        """The encoder of a model that has both: ids (rows, S) -> hidden states (rows, S, width), `source` of `forward`.
+        mask: which tokens are real (`Padding`)."""
+        if self.encoder is None:
+            raise ValueError("This model has no encoder beside its decoder; call the model itself.")
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        x = F.embedding(ids, self.model.embed_tokens.weight).to(self.dtype)
+        return self.encoder(x, Shared(positions, ids.shape[1], self.dtype, self.config.max_positions, mask))
+
+    def _head(self) -> Linear:
+        if self.lm_head is None:
+            raise ValueError("This model was made without an output head; ask for `logits=None` and use `hidden`.")
+        return self.lm_head
 
     def parameter_count(self) -> int:
         """Trainable and frozen, shared ones once."""

@@ -26,14 +26,17 @@ def worth_it(q: Tensor) -> bool:
 def block_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, *, causal: bool) -> Tensor:
     """q (rows, heads, T, D), k and v (rows, kv_heads, T, D) -> (rows, heads, T, D).
 
-    bias: added to the scaled scores, (rows or 1, 1, T, T), or None. causal: no query sees a later key; with a bias, the
+    v may be of another width, which is then the result's. bias: added to the scaled scores, (rows or 1, heads or 1, T, T),
+    or None; no gradient flows to it. causal: no query sees a later key; with a bias, the
     bias must say so too (it is then used to skip work only).
     """
     rows, heads, length, width = q.shape
     groups = heads // k.shape[1]
     grouped = q.reshape(rows * k.shape[1], groups, length, width)
-    flat_k, flat_v = k.reshape(-1, length, width), v.reshape(-1, length, width)
-    return _BlockAttention.apply(grouped, flat_k, flat_v, bias, scale, causal).view(rows, heads, length, width)
+    flat_k, flat_v = k.reshape(-1, length, width), v.reshape(-1, length, v.shape[-1])
+    if bias is not None and bias.shape[1] > 1:  # by head: (rows or 1, heads, T, T) stands as the scores do
+        bias = bias.expand(rows, -1, -1, -1)
+    return _BlockAttention.apply(grouped, flat_k, flat_v, bias, scale, causal).view(rows, heads, length, v.shape[-1])
 
 
 class _BlockAttention(torch.autograd.Function):
@@ -45,7 +48,7 @@ class _BlockAttention(torch.autograd.Function):
     ) -> Tensor:  # q (N, G, T, D), k and v (N, T, D)
         N, G, T, D = q.shape
         block = min(T, 128 if q.dtype == torch.bfloat16 else 64)
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        out = q.new_empty(N, G, T, v.shape[-1])
         queries, probabilities = [], []
         future = torch.full((block, block), float("-inf"), dtype=q.dtype, device=q.device).triu_(1)
         for start, stop, end in _blocks(T, block, causal):
@@ -57,7 +60,7 @@ class _BlockAttention(torch.autograd.Function):
             elif causal:
                 scores.view(N * G, b, end)[:, :, start:].add_(future[:b, :b])
             probability = torch.softmax(scores, -1)
-            out[:, :, start:stop] = torch.bmm(probability, v[:, :end]).view(N, G, b, D)
+            out[:, :, start:stop] = torch.bmm(probability, v[:, :end]).view(N, G, b, -1)
             queries.append(part)
             probabilities.append(probability)
         if any(ctx.needs_input_grad):
@@ -71,11 +74,12 @@ class _BlockAttention(torch.autograd.Function):
         (grad,) = gradients
         k, v, *saved = ctx.saved_tensors
         queries, probabilities = saved[: len(saved) // 2], saved[len(saved) // 2 :]
-        N, G, T, D = grad.shape
-        grad_q, grad_k, grad_v = torch.empty_like(grad), torch.zeros_like(k), torch.zeros_like(v)
+        N, G, T, width = grad.shape
+        D = k.shape[-1]
+        grad_q, grad_k, grad_v = grad.new_empty(N, G, T, D), torch.zeros_like(k), torch.zeros_like(v)
         for index, (start, stop, end) in enumerate(_blocks(T, ctx.block, ctx.causal)):
             b, probability = stop - start, probabilities[index]
-            part = grad[:, :, start:stop].reshape(N, G * b, D)
+            part = grad[:, :, start:stop].reshape(N, G * b, width)
             grad_v[:, :end] += torch.bmm(probability.transpose(1, 2), part)
             slope = torch.bmm(part, v[:, :end].transpose(1, 2))
             slope = torch._softmax_backward_data(slope, probability, -1, probability.dtype)

@@ -1,5 +1,13 @@
-"""Gated feed-forward (SwiGLU, arXiv:2002.05202): down( silu(gate(x)) * up(x) )."""
+"""The feed-forward of a layer, plain or gated (GLU and its kin, arXiv:2002.05202).
 
+    plain   down( f(up(x)) )                       ReLU, GELU, squared ReLU, ...
+    gated   down( f(gate(x)) * up(x) )             f = sigmoid: GLU, gelu: GeGLU, silu: SwiGLU, identity: bilinear
+
+`limit` is gpt-oss's gate (`clamped_swiglu`). SwiGLU has a backward of its own, which recomputes silu.
+"""
+
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,28 +15,87 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hanlin.core.errors import HanlinError
+from hanlin.kernels import rows
+from hanlin.nn.activations import Activation, activation, clamped_swiglu
+from hanlin.nn.dropout import Dropout
 from hanlin.nn.linear import Linear, PackedLinear
 
 
-class SwiGLU(PackedLinear):
-    """gate and up are one product over a shared buffer; the activation's backward recomputes silu."""
+class FeedForward(PackedLinear):
+    """gate_proj and up_proj are one product over a shared buffer; a plain feed-forward has up_proj alone.
 
-    packed = ("gate_proj", "up_proj")
+    dropout: behind the activation (T5; BART's `activation_dropout`); output_dropout: behind down_proj (BERT, T5, BART).
+    limit: clamps gate and up as gpt-oss does, which has one gate: `gated`, `activation="silu"`.
+    """
 
-    def __init__(self, width: int, hidden: int, *, bias: bool = False) -> None:
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        *,
+        activation: str = "silu",
+        gated: bool = True,
+        bias: bool = False,
+        dropout: float = 0.0,
+        output_dropout: float = 0.0,
+        limit: float | None = None,
+    ) -> None:
         super().__init__()
-        self.gate_proj = Linear(width, hidden, bias=bias)
+        self._activate = gate_function(activation, gated=gated, limit=limit)
+        self.packed = ("gate_proj", "up_proj") if gated else ("up_proj",)
+        if gated:
+            self.gate_proj = Linear(width, hidden, bias=bias)
         self.up_proj = Linear(width, hidden, bias=bias)
         self.down_proj = Linear(hidden, width, bias=bias)
+        self.dropout = Dropout(dropout) if dropout else None
+        self.output_dropout = Dropout(output_dropout) if output_dropout else None
         self.pack()
 
     def forward(self, x: Tensor) -> Tensor:  # (..., width) -> (..., width)
-        return self.down_proj(swiglu(self.project(x)))
+        h = self._activate(self.project(x))  # (..., hidden)
+        if self.dropout is not None:
+            h = self.dropout(h)
+        y = self.down_proj(h)
+        return y if self.output_dropout is None else self.output_dropout(y)
+
+
+class SwiGLU(FeedForward):
+    """The feed-forward of Llama and Qwen: down( silu(gate(x)) * up(x) )."""
+
+    def __init__(self, width: int, hidden: int, *, bias: bool = False) -> None:
+        super().__init__(width, hidden, bias=bias)
+
+
+def gate_function(name: str, *, gated: bool = True, limit: float | None = None) -> Callable[[Tensor], Tensor]:
+    """What stands between the projections: (..., 2 * hidden), gate first, -> (..., hidden) if gated, else
+    (..., hidden) -> (..., hidden). name: of `nn.activations`; limit: gpt-oss's clamp."""
+    if limit is not None:
+        if not gated or name not in ("silu", "swish"):
+            kind = "gated" if gated else "plain"
+            raise HanlinError(f"`limit` belongs to a gated feed-forward with silu; this one is {kind} with {name!r}.")
+        return partial(_gated, join=partial(clamped_swiglu, limit=limit))
+    function = activation(name)
+    if not gated:
+        return function
+    return swiglu if function is F.silu else partial(_gated, join=partial(_product, function))
+
+
+def _gated(gate_up: Tensor, *, join: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return join(gate, up)
+
+
+def _product(function: Activation, gate: Tensor, up: Tensor) -> Tensor:
+    return function(gate) * up
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """(..., 2 * hidden), gate first -> silu(gate) * up (..., hidden)."""
-    return _SwiGLU.apply(gate_up) if torch.is_grad_enabled() else _gate(gate_up)
+    if torch.is_grad_enabled():
+        return _SwiGLU.apply(gate_up)
+    gated = rows.swiglu(gate_up)
+    return _gate(gate_up) if gated is None else gated
 
 
 def _gate(gate_up: Tensor) -> Tensor:

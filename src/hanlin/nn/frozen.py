@@ -1,16 +1,10 @@
-"""Weights laid out for oneDNN: for a model that will not be trained any more, on a CPU.
+"""Weights laid out in the order in which they are read: for a model that will not be trained any more, on a CPU.
 
-A plain `x W^T` goes through MKL (fp32) or re-orders W at each call (bf16). oneDNN on weights that were put into its
-blocked layout once reads them near the speed of memory. One core, x (rows, 768) by W (4096, 768), microseconds:
+`freeze` replaces every matrix by a `Product`: the room's own packed kernel (`kernels.linear`), or where that cannot be
+built oneDNN on weights that were put into its blocked layout once. Either replaces the plain weights, so memory does not
+grow; only a matrix that an embedding shares is held twice. A frozen model can neither be trained nor saved.
 
-    rows           1      8     64     512
-    fp32  plain  784  1,336  5,090  35,162        (an AMD core; MKL is at its best on Intel's)
-          here   376    543  2,045  14,554
-    bf16  plain  429    503  1,257   7,759
-          here   200    292  1,045   7,220
-
-The same operation is what `torch.compile` with frozen weights uses. `freeze` replaces the plain weights, so memory does
-not grow; a frozen model can neither be trained nor saved.
+TABLE
 """
 
 import platform
@@ -18,19 +12,31 @@ import platform
 import torch
 from torch import Tensor, nn
 
+from hanlin.kernels.linear import PackedProduct, can_pack
 from hanlin.nn.linear import Linear, PackedLinear
 
-ROWS_HINT = 16  # the layout is chosen for products of so many rows; it is the best of 1, 8, 16, 64 for all of them
+ROWS_HINT = 16  # oneDNN's layout is chosen for products of so many rows; it is the best of 1, 8, 16, 64 for all of them
 
 
 class Product:
-    """`x W^T + b` over weights in oneDNN's layout: weight (out, in) fp32 or bf16, bias (out,) or None."""
+    """`x W^T + b` over weights in the order of reading: weight (out, in) fp32 or bf16, bias (out,) or None."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        kernel = PackedProduct if can_pack(weight.dtype) else OneDnnProduct
+        self._run = kernel(weight, bias)
+
+    def __call__(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out), x in the weights' dtype
+        return self._run(x)
+
+
+class OneDnnProduct:
+    """The same by oneDNN, the operation that `torch.compile` uses for frozen weights."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS_HINT)
         self._bias = None if bias is None else bias.detach().clone()
 
-    def __call__(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out), x in the weights' dtype
+    def __call__(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
 
 
@@ -65,7 +71,9 @@ def freeze(model: nn.Module) -> bool:
 
 
 def can_freeze() -> bool:
-    """x86 with oneDNN; elsewhere nobody has measured it."""
+    """With the kernels, or on x86 with oneDNN; elsewhere nobody has measured oneDNN."""
+    if can_pack(torch.float32):
+        return True
     return platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
 
 

@@ -1,11 +1,18 @@
 """Token losses: tensors in, un-normalised sums out, no model inside. The trainer divides once, by what the objective
-counted over the whole optimizer step, so accumulation, packing and sharding cannot change the result."""
+counted over the whole optimizer step, so accumulation, packing and sharding cannot change the result.
 
-from typing import Any
+Beside this file: `nn.earth_mover`, `nn.distillation`, `nn.contrastive`, `nn.multitask`; `nn.chunked_head` takes any of
+them through an output head.
+"""
+
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from hanlin.core.errors import HanlinError
+from hanlin.nn.chunked_head import Head, slope_through_head
 
 IGNORE = -100  # a target that carries no loss (the value transformers uses too)
 
@@ -15,71 +22,81 @@ def count_targets(targets: Tensor) -> int:
     return int((targets != IGNORE).sum())
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int = 1024) -> Tensor:
-    """Sum over tokens of -log softmax(hidden W^T)[target], without ever holding all logits.
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    chunk: int | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """Sum over tokens of -log softmax(z)[target], z = softcap(scale * (hidden W^T + bias)), never holding all logits.
 
     hidden (..., width), weight (vocabulary, width) any float dtype (cast to hidden's), targets (...) with `IGNORE`
-    where there is no loss -> fp32 scalar (fp64 for fp64 hidden). Rows are taken `chunk` at a time: each chunk's logits
-    live only as long as its loss and its gradient are computed, forward and backward in one visit.
-    Chunks of 1,024 rows keep 8k-wide fp32 logits in the cache; see benchmarks/bench_train.py.
+    where there is no loss, bias (vocabulary,) -> fp32 scalar (fp64 for fp64 hidden).
+
+    label_smoothing e: the target is 1 - e of itself and e of the uniform distribution (arXiv:1512.00567, section 7).
+    z_loss: times log(sum exp z)^2 is added, which keeps the normaliser near 1 (PaLM, arXiv:2204.02311, section 5).
+    softcap c: c * tanh(x / c) (Gemma 2). chunk: tokens at a time, by default `nn.chunked_head.rows_per_chunk`.
     """
-    if not torch.is_grad_enabled():  # inside, a parameter would still say that it wants its gradient
-        hidden, weight = hidden.detach(), weight.detach()
-    return _LinearCrossEntropy.apply(hidden, weight, targets, chunk)
+    if not 0 <= label_smoothing < 1:
+        raise HanlinError(f"`label_smoothing` is {label_smoothing}; it must be at least 0 and below 1.")
+    if not z_loss >= 0:
+        raise HanlinError(f"`z_loss` is {z_loss}; it must not be negative.")
+    if targets.shape != hidden.shape[:-1]:
+        raise HanlinError(f"Targets {list(targets.shape)} do not fit hidden states {list(hidden.shape)}.")
+    slope = partial(_cross_entropy_slope, smoothing=label_smoothing, z_loss=z_loss)
+    head = Head(weight, bias, softcap, scale)
+    return slope_through_head(hidden, head, slope, targets, keep=targets != IGNORE, chunk=chunk)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        labels = targets.reshape(-1)
-        keep = labels != IGNORE
-        everything = bool(keep.all())
-        if not everything:  # untrained tokens cost nothing
-            rows, labels = rows[keep], labels[keep]
-        matrix = weight.to(rows.dtype)
-        wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
-        total = torch.zeros((), dtype=wide, device=rows.device)
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        grad_rows = torch.empty_like(rows) if need_hidden else None
-        grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if need_weight else None
-        for start in range(0, len(rows), chunk):
-            part, label = rows[start : start + chunk], labels[start : start + chunk, None]
-            logits = (part @ matrix.T).to(wide)
-            shift = logits.amax(-1, keepdim=True)
-            target = logits.gather(-1, label)
-            probability = logits.sub_(shift).exp_()
-            norm = probability.sum(-1, keepdim=True)
-            total += (norm.log() + shift - target).sum()
-            if grad_rows is None and grad_weight is None:
-                continue
-            slope = probability.div_(norm)
-            slope.scatter_add_(-1, label, torch.full_like(target, -1.0))
-            slope = slope.to(rows.dtype)
-            if grad_rows is not None:
-                torch.mm(slope, matrix, out=grad_rows[start : start + chunk])
-            if grad_weight is not None:
-                grad_weight += slope.T @ part
-        if grad_rows is not None and not everything:
-            grad_rows = rows.new_zeros(len(keep), rows.shape[-1]).index_put_((keep,), grad_rows)
-        ctx.save_for_backward(grad_rows, grad_weight)
-        ctx.shape, ctx.weight_dtype = hidden.shape, weight.dtype
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = gradients
-        rows, weight = ctx.saved_tensors
-        return (
-            None if rows is None else (rows * grad.to(rows.dtype)).view(ctx.shape),
-            None if weight is None else (weight * grad).to(ctx.weight_dtype),
-            None,
-            None,
-        )
+def _cross_entropy_slope(
+    z: Tensor, target: Tensor, *, wanted: bool, smoothing: float, z_loss: float
+) -> tuple[Tensor, Tensor | None]:
+    """With L = log sum exp z: sum of L - (1 - e) z_y - e mean(z) + c L^2, slope p (1 + 2 c L) - (1 - e) [y] - e / V.
+    In the memory of z (n, vocabulary)."""
+    target = target[:, None]
+    shift = z.amax(-1, keepdim=True)
+    at_target = z.gather(-1, target)
+    mean = z.mean(-1, keepdim=True) if smoothing else None
+    probability = z.sub_(shift).exp_()
+    norm = probability.sum(-1, keepdim=True)
+    log_norm = norm.log() + shift
+    cost = log_norm - at_target
+    if mean is not None:
+        cost += smoothing * (at_target - mean)
+    if z_loss:
+        cost += z_loss * log_norm.square()
+    if not wanted:
+        return cost.sum(), None
+    slope = probability.mul_((1 + 2 * z_loss * log_norm) / norm) if z_loss else probability.div_(norm)
+    slope.scatter_add_(-1, target, torch.full_like(at_target, smoothing - 1.0))
+    if smoothing:
+        slope.sub_(smoothing / z.shape[-1])
+    return cost.sum(), slope
 
 
 def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
     """log softmax(logits)[id] of each token: logits (..., vocabulary), ids (...) -> (...) fp32."""
     wide = logits.float()
     return wide.gather(-1, ids[..., None]).squeeze(-1) - wide.logsumexp(-1)
+
+
+def binary_cross_entropy(
+    logits: Tensor, targets: Tensor, *, positive_weight: float | Tensor = 1.0, keep: Tensor | None = None
+) -> Tensor:
+    """Sum of -[w y log sigmoid(x) + (1 - y) log(1 - sigmoid(x))] over independent yes-or-no questions.
+
+    logits x (...), targets y (...) in [0, 1], soft ones too; positive_weight w: broadcast over (...), above 1 where a
+    missed yes costs more; keep (...) bool: which count -> fp32 scalar (fp64 for fp64). Finite for any finite logit.
+    """
+    if targets.shape != logits.shape:
+        raise HanlinError(f"Targets {list(targets.shape)} do not fit logits {list(logits.shape)}.")
+    x = logits if logits.dtype == torch.float64 else logits.float()
+    y = targets.to(x.dtype)
+    cost = -(positive_weight * y * F.logsigmoid(x) + (1 - y) * F.logsigmoid(-x))
+    return (cost if keep is None else cost[keep]).sum()

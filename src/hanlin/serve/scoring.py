@@ -17,7 +17,7 @@ def score_prompt(model: Transformer, ids: Sequence[int], *, top: int) -> list[To
     hidden = model(tokens, logits=None).hidden[0, :-1]  # (len - 1, width)
     scored = []
     for begin in range(0, len(ids) - 1, CHUNK):
-        logits = model.lm_head(hidden[begin : begin + CHUNK]).float()
+        logits = model.logits(hidden[begin : begin + CHUNK]).float()
         logprobs = logits.log_softmax(-1)  # (chunk, vocabulary)
         chosen = tokens[0, begin + 1 : begin + 1 + len(logprobs)]
         values, alternatives = logprobs.topk(min(top, logprobs.shape[-1]))

@@ -4,6 +4,7 @@ from difflib import get_close_matches
 
 from hanlin.core.errors import HanlinError
 from hanlin.models.families.family import Family
+from hanlin.models.families.gemma2 import GEMMA2
 from hanlin.models.families.llama import LLAMA
 from hanlin.models.families.mistral import MISTRAL
 from hanlin.models.families.qwen2 import QWEN2
@@ -11,7 +12,14 @@ from hanlin.models.families.qwen3 import QWEN3
 
 __all__ = ["FAMILIES", "Family", "find_family"]
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, QWEN2, QWEN3, MISTRAL)}
+_ALL = (
+    LLAMA,
+    QWEN2,
+    QWEN3,
+    MISTRAL,
+    GEMMA2,
+)
+FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 
 
 def find_family(name: object, where: str) -> Family:

@@ -1,28 +1,44 @@
 """The keys of a `config.json` that families share: what each sets, which change no number, which have one value only.
 
-`read_setting` and `read_rotary_base` check a value and name the file and the key in their errors.
+`read_setting` and `read_rope` check a value and name the file and the key in their errors.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hanlin.core.errors import HanlinError
+from hanlin.models.config import AttentionConfig, ModelConfig
+from hanlin.nn.activations import activation
+from hanlin.nn.rope import Rope
+from hanlin.nn.rope_scaling import scaling_from_json, scaling_to_json
 
 REQUIRED = object()
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One key of `config.json`. ours: the fields of `ModelConfig` that it sets, `attention.` and `feed_forward.` for
-    those of every layer. default: the value where the key is absent, as transformers has it (None: follows from
-    others). nullable: null too means that it follows from others."""
+    """One key of `config.json`. ours: the fields that it sets, as `models.families.values` names them. default: the value
+    where the key is absent, as transformers has it (None: follows from others). nullable: null too means that it follows
+    from others. convert, back: from their value to ours, and from ours to theirs."""
 
     ours: tuple[str, ...]
     kind: type
     default: Any = REQUIRED
     nullable: bool = False
+    convert: Callable[[Any], Any] | None = None
+    back: Callable[[Any], Any] | None = None
+
+    def written(self, value: Any) -> Any:
+        """Our value as the file has it."""
+        return value if self.back is None or value is None else self.back(value)
+
+
+def known_activation(name: str) -> str:
+    """The name, if `nn.activations` has it."""
+    activation(name)
+    return name
 
 
 COMMON: dict[str, Setting] = {
@@ -37,6 +53,7 @@ COMMON: dict[str, Setting] = {
     "rms_norm_eps": Setting(("norm_eps",), float, 1e-6),
     "initializer_range": Setting(("init_std",), float, 0.02),
     "tie_word_embeddings": Setting(("tied_embeddings",), bool, False),
+    "hidden_act": Setting(("feed_forward.activation",), str, "silu", convert=known_activation),
 }
 
 # Keys whose value cannot change a logit: bookkeeping, generation defaults of old files, switches of foreign code.
@@ -56,7 +73,6 @@ _HARMLESS = """
 HARMLESS = frozenset(_HARMLESS.split())
 
 FIXED: dict[str, Any] = {
-    "hidden_act": "silu",
     "partial_rotary_factor": 1.0,
     "is_encoder_decoder": False,
     "is_decoder": False,
@@ -74,7 +90,7 @@ WINDOWS = ("sliding_window", "use_sliding_window", "layer_types")
 
 
 def read_setting(json: Mapping[str, Any], key: str, setting: Setting, file: Path) -> Any:
-    """The checked value of one key, or the default where it is absent."""
+    """The checked value of one key in our terms, or the default where it is absent."""
     value = json.get(key)
     if value is None:
         if key in json and (setting.nullable or setting.default is None):
@@ -82,18 +98,25 @@ def read_setting(json: Mapping[str, Any], key: str, setting: Setting, file: Path
         if key in json or setting.default is REQUIRED:
             found = "null" if key in json else "missing"
             raise HanlinError(f'{file}: "{key}" is {found}; it must be {_words(setting.kind)}.')
-        return setting.default
-    kind = setting.kind
-    if kind is bool:
-        good = isinstance(value, bool)
-    else:
-        numbers = (int, float) if kind is float else int
-        good = (
-            isinstance(value, numbers) and not isinstance(value, bool) and (value > 0 or (value == 0 and kind is float))
-        )
-    if not good:
-        raise HanlinError(f'{file}: "{key}" is {value!r}; it must be {_words(kind)}.')
-    return kind(value)
+        value = setting.default
+    elif not _fits(value, setting.kind):
+        raise HanlinError(f'{file}: "{key}" is {value!r}; it must be {_words(setting.kind)}.')
+    if value is None:
+        return None
+    value = setting.kind(value)
+    if setting.convert is None:
+        return value
+    try:
+        return setting.convert(value)
+    except (KeyError, ValueError, HanlinError) as error:
+        raise HanlinError(f'{file}: "{key}" is {value!r}, which Hanlin does not know: {error}') from error
+
+
+def _fits(value: Any, kind: type) -> bool:
+    if kind in (bool, str, list):
+        return isinstance(value, kind)
+    numbers = (int, float) if kind is float else int
+    return isinstance(value, numbers) and not isinstance(value, bool) and (value > 0 or (value == 0 and kind is float))
 
 
 def read_integer(json: Mapping[str, Any], key: str, default: int, file: Path) -> int:
@@ -105,32 +128,51 @@ def read_integer(json: Mapping[str, Any], key: str, default: int, file: Path) ->
 
 
 def _words(kind: type) -> str:
-    return "true or false" if kind is bool else "a positive integer" if kind is int else "a positive number"
+    words = {bool: "true or false", int: "a positive integer", float: "a positive number", str: "a name", list: "a list"}
+    return words[kind]
 
 
-def read_rotary_base(json: Mapping[str, Any], file: Path) -> float:
-    """The rotary base, from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling` (before)."""
-    found: dict[str, float] = {}
+def read_rope(json: Mapping[str, Any], file: Path, *, default: float) -> dict[str, Any]:
+    """`rope.theta` and `rope.scaling` (and `rope.fraction`, how much of a head turns, where the file says so) from
+    `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling` (before)."""
+    found: dict[str, Any] = {}
+    bases: dict[str, float] = {}
     for place in ("rope_parameters", "rope_scaling"):
         table = json.get(place) or {}
         if not isinstance(table, dict):
             raise HanlinError(f'{file}: "{place}" is {table!r}; it must be null or an object.')
-        for key, value in table.items():
-            if key in ("rope_type", "type") and value == "default":
-                continue
-            if key == "rope_theta":
-                found[f"{place}.rope_theta"] = value
-            elif not (key == "partial_rotary_factor" and value == 1.0):
-                raise HanlinError(
-                    f'{file}: "{place}" has "{key}": {value!r}. Hanlin has plain rotary positions (rope_type '
-                    '"default") and no scaled, partial or per-layer kind.'
-                )
+        theta, scaling, fraction = scaling_from_json(table, f'{file}: "{place}"')
+        if theta is not None:
+            bases[f"{place}.rope_theta"] = theta
+        if scaling is not None:
+            found["rope.scaling"] = scaling
+        if fraction is not None:
+            found["rope.fraction"] = fraction
     if json.get("rope_theta") is not None:
-        found["rope_theta"] = json["rope_theta"]
-    for place, value in found.items():
+        bases["rope_theta"] = json["rope_theta"]
+    for place, value in bases.items():
         if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
             raise HanlinError(f'{file}: "{place}" is {value!r}; it must be a positive number.')
-    if len(set(found.values())) > 1:
-        named = ", ".join(f'"{place}" {value:g}' for place, value in found.items())
+    if len(set(bases.values())) > 1:
+        named = ", ".join(f'"{place}" {value:g}' for place, value in bases.items())
         raise HanlinError(f"{file} gives the rotary base more than once and differently: {named}. Keep one.")
-    return float(next(iter(found.values()), 10_000.0))
+    return {"rope.theta": float(next(iter(bases.values()), default)), **found}
+
+
+def write_rope(config: ModelConfig) -> dict[str, Any]:
+    """`rope_theta` and `rope_parameters` of the first layer that turns; nothing where none does."""
+    position = next((p for layer in config.layers if isinstance(p := layer.attention.position, Rope)), None)
+    if position is None:
+        return {}
+    part = None if position.dim is None else rope_fraction(config)
+    table = scaling_to_json(position.theta, position.scaling, fraction=part, dim=position.dim)
+    return {"rope_theta": position.theta, "rope_parameters": table}
+
+
+def rope_fraction(config: ModelConfig) -> float:
+    """How much of a head turns, in the first layer that turns."""
+    for layer in config.layers:
+        a = layer.attention
+        if isinstance(a, AttentionConfig) and isinstance(a.position, Rope):
+            return 1.0 if a.position.dim is None else a.position.dim / a.head_dim
+    return 1.0

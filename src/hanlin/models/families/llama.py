@@ -13,5 +13,4 @@ LLAMA = Family(
     },
     absent={"bos_token_id": 1, "eos_token_id": 2},
     whole_heads=True,
-    weights=(),  # ours are their names
 )

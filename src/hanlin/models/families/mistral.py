@@ -2,6 +2,7 @@
 
 from hanlin.models.families.family import Family
 from hanlin.models.families.keys import Setting
+from hanlin.models.families.windows import Windows
 
 MISTRAL = Family(
     name="mistral",
@@ -10,8 +11,6 @@ MISTRAL = Family(
         "num_key_value_heads": Setting(("attention.kv_heads",), int, 8, nullable=True),
         "max_position_embeddings": Setting(("max_positions",), int, 131072),
     },
-    windows="all",
-    default_window=4096,
+    windows=Windows("all", 4096),
     absent={"bos_token_id": 1, "eos_token_id": 2},
-    weights=(),  # ours are their names
 )

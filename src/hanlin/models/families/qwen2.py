@@ -2,6 +2,7 @@
 
 from hanlin.models.families.family import Family
 from hanlin.models.families.keys import Setting
+from hanlin.models.families.windows import Windows
 
 QWEN2 = Family(
     name="qwen2",
@@ -12,7 +13,5 @@ QWEN2 = Family(
     },
     always={"attention.qkv_bias": True},
     fixed={"attention_bias": True, "qkv_bias": True},
-    windows="each",
-    default_window=4096,
-    weights=(),  # ours are their names
+    windows=Windows("each", 4096),
 )

@@ -2,6 +2,7 @@
 
 from hanlin.models.families.family import Family
 from hanlin.models.families.keys import Setting
+from hanlin.models.families.windows import Windows
 
 QWEN3 = Family(
     name="qwen3",
@@ -13,7 +14,5 @@ QWEN3 = Family(
         "max_position_embeddings": Setting(("max_positions",), int, 32768),
     },
     always={"attention.qk_norm": True},
-    windows="each",
-    default_window=4096,
-    weights=(),  # ours are their names
+    windows=Windows("each", 4096),
 )

@@ -5,8 +5,10 @@ files the index comes last, so a reader never finds an index whose shards are no
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -49,12 +51,29 @@ def find_weights(folder: Path) -> dict[str, Path]:
     return held
 
 
-def read_weights(held: Mapping[str, Path]) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every weight that `find_weights` found, file by file, mapped and not yet copied."""
-    for file in sorted(set(held.values())):
-        with _open(file) as stream:
-            for name in sorted(n for n, place in held.items() if place == file):
-                yield name, stream.get_tensor(name)
+class WeightReader:
+    """Reads weights that `find_weights` found, in any order, mapped and not yet copied; a context manager."""
+
+    def __init__(self, held: Mapping[str, Path]) -> None:
+        self._held = held
+        self._files = ExitStack()
+        self._streams: dict[Path, Any] = {}
+
+    def __enter__(self) -> "WeightReader":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._files.close()
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._held)
+
+    def read(self, name: str) -> Tensor:
+        file = self._held[name]
+        if file not in self._streams:
+            self._streams[file] = self._files.enter_context(_open(file))
+        return self._streams[file].get_tensor(name)
 
 
 def read_shapes(held: Mapping[str, Path]) -> dict[str, tuple[int, ...]]:

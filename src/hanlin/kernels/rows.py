@@ -1,0 +1,92 @@
+"""What happens to each row between the products: RMS norm, rotary turn, SwiGLU (`native/rows.cpp`).
+
+Each is one pass over the data and one call of about 3 us, where a chain of torch operations takes 10–25. They return
+None where the kernel cannot be used. fp32 inside, one rounding at the end.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hanlin.kernels.library import function
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor | None:
+    """w * x / sqrt(mean(x^2) + eps): x (..., width), weight (width,) of x's dtype, or None for 1."""
+    run = _kernel("rms_norm", x)
+    if run is None or (weight is not None and weight.dtype != x.dtype):
+        return None
+    width = x.shape[-1]
+    if (groups := _groups(x, width)) is None:
+        return None
+    y = torch.empty(x.shape, dtype=x.dtype)
+    run(x.data_ptr(), *groups, width, None if weight is None else weight.data_ptr(), eps, y.data_ptr())
+    return y
+
+
+def rms_norm_twin(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    wide = x.float()
+    normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (normal if weight is None else normal * weight.float()).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
+    """x (rows, T, heads, D); cos and signed sin (rows or 1, T, 1, R), R ≤ D even: pairs (i, i + R/2) of the first R
+    numbers of a head turn, the others stay."""
+    run = _kernel("rotate", x)
+    if run is None or cos.dtype != x.dtype:
+        return None
+    width, turned = x.shape[-1], cos.shape[-1]
+    if (groups := _groups(x, width)) is None or not (cos.is_contiguous() and sin.is_contiguous()):
+        return None
+    y, period = torch.empty(x.shape, dtype=x.dtype), cos.numel() // turned
+    run(x.data_ptr(), *groups, width, cos.data_ptr(), sin.data_ptr(), turned, period, y.data_ptr())
+    return y
+
+
+def rotate_twin(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    turned = cos.shape[-1]
+    moving, still = x[..., :turned].float(), x[..., turned:]
+    first, second = moving.chunk(2, -1)
+    moving = moving * cos.float() + torch.cat([second, first], -1) * sin.float()
+    return torch.cat([moving.to(x.dtype), still], -1)
+
+
+def swiglu(gate_up: Tensor) -> Tensor | None:
+    """silu(gate) * up: (..., 2 * hidden), gate first -> (..., hidden)."""
+    run = _kernel("swiglu", gate_up)
+    if run is None or not gate_up.is_contiguous():
+        return None
+    both = gate_up.shape[-1]
+    y = torch.empty((*gate_up.shape[:-1], both // 2), dtype=gate_up.dtype)
+    run(gate_up.data_ptr(), gate_up.numel() // both, both // 2, y.data_ptr())
+    return y
+
+
+def swiglu_twin(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.float().chunk(2, -1)
+    return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
+
+
+def _kernel(name: str, x: Tensor) -> Callable[..., None] | None:
+    """None for what has no address: other devices, subclasses (sharded, fake), a graph being traced."""
+    if type(x) is not Tensor or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    return function(name, x.dtype)
+
+
+def _groups(x: Tensor, width: int) -> tuple[int, int, int] | None:
+    """(outer, inner, stride): x as `outer` groups, `stride` apart, of `inner` rows behind each other; None if it isn't.
+
+    A four-dimensional x keeps its first two dimensions as groups: they are its tokens.
+    """
+    if x.dim() == 4:
+        rows, length, inner, _ = x.shape
+        first, second, third, last = x.stride()
+        if last == 1 and (third == width or inner == 1) and (rows == 1 or length == 1 or first == length * second):
+            return rows * length, inner, (first if length == 1 else second)
+        return None
+    if not x.is_contiguous():
+        return None
+    return (x.numel() // width if width else 0), 1, width

@@ -1,0 +1,18 @@
+"""Scaling a query by its position, for layers that attend over more keys than they were trained on.
+
+Llama 4's layers without positions: q * (1 + scale * ln(1 + floor((position + 1) / floor))), "inference-time temperature
+tuning" after arXiv:2501.19399. (Qwen's log_c n is `nn.dual_chunk.log_n_scale`.)
+"""
+
+import torch
+from torch import Tensor
+
+from hanlin.core.errors import HanlinError
+
+
+def temperature_scale(positions: Tensor, *, floor: int, scale: float) -> Tensor:
+    """positions (...) integers from 0 -> fp32 (...), 1 below `floor - 1`."""
+    if floor < 1:
+        raise HanlinError(f"temperature_scale: floor is {floor}, expected a length of at least 1 token.")
+    steps = torch.div(positions.to(torch.float32) + 1.0, floor, rounding_mode="floor")
+    return torch.log1p(steps) * scale + 1.0
