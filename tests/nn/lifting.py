@@ -8,7 +8,7 @@ import torch
 
 @contextmanager
 def lifted() -> Iterator[None]:
-    """Inside, its casts to fp32 lead to fp64, so that a module in fp64 is one throughout and 1e-10 can be asked of it."""
+    """Inside, its casts to fp32 lead to fp64: a module in fp64 is one throughout, and 1e-10 can be asked of it."""
     names = {"float32": torch.float64, "float": torch.float64}
     before = {name: getattr(torch, name) for name in names}
     cast = torch.Tensor.float

@@ -30,7 +30,7 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 
 from hanlin.core.errors import HanlinError
 from hanlin.nn.activations import activation, clamped_swiglu
-from hanlin.nn.experts import Experts, MixtureOfExperts
+from hanlin.nn.experts import Dispatch, Experts, MixtureOfExperts
 from hanlin.nn.grouped import grouped_outer, grouped_product
 from hanlin.nn.routing import RouterConfig, Routing
 
@@ -216,8 +216,6 @@ def test_many_experts_a_token_are_added_up_in_fp32():
     """The sum of 64 rows in bf16 is off by one rounding, not by 64."""
     torch.manual_seed(0)
     rows = torch.rand(64, 256).bfloat16()
-    from hanlin.nn.experts import Dispatch
-
     routing = Routing(torch.ones(1, 64), torch.arange(64)[None], torch.zeros(1, 64), torch.zeros(1, 64))
     total = Dispatch.of(routing, 64).combine(rows)
     expected = rows.double().sum(0)
@@ -241,7 +239,9 @@ def test_what_cannot_be_built_is_refused(count, settings, message):
 
 
 @pytest.mark.parametrize("counts", [[3, 0, 4, 1], [0, 0, 5, 0], [8, 0, 0, 0], [1]])
-@pytest.mark.parametrize(("dtype", "widths"), [(torch.float64, (4, 8)), (torch.float32, (4, 8)), (torch.float32, (3, 5))])
+@pytest.mark.parametrize(
+    ("dtype", "widths"), [(torch.float64, (4, 8)), (torch.float32, (4, 8)), (torch.float32, (3, 5))]
+)
 def test_grouped_products_equal_products_of_each_group(counts, dtype, widths):
     """fp32 with rows of 16 bytes' multiple: torch's; the others: padded."""
     torch.manual_seed(0)
@@ -309,7 +309,13 @@ def ours(count: int, router: RouterConfig, **settings: Any) -> Callable[[], Mixt
 
 
 SIZES = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": HIDDEN}
-DEEP = {"num_experts_per_tok": 3, "moe_intermediate_size": HIDDEN, "n_shared_experts": 2, "n_routed_experts": 12}
+DEEP = {
+    "num_attention_heads": 2,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": HIDDEN,
+    "n_shared_experts": 2,
+    "n_routed_experts": 12,
+}
 SWITCH = {"d_model": WIDTH, "d_ff": HIDDEN, "num_experts": 6, "dropout_rate": 0.0, "router_jitter_noise": 0.0}
 
 
@@ -319,12 +325,16 @@ def switch(**settings: Any) -> Callable[[], nn.Module]:
 
 PARITY = {
     "Mixtral": Theirs(
-        theirs(MixtralConfig, MixtralSparseMoeBlock, num_local_experts=6, num_experts_per_tok=2, intermediate_size=HIDDEN),
+        theirs(
+            MixtralConfig, MixtralSparseMoeBlock, num_local_experts=6, num_experts_per_tok=2, intermediate_size=HIDDEN
+        ),
         ours(6, RouterConfig(2)),
         plain_names,
     ),
     "Qwen2-MoE": Theirs(
-        theirs(Qwen2MoeConfig, Qwen2MoeSparseMoeBlock, shared_expert_intermediate_size=5, norm_topk_prob=False, **SIZES),
+        theirs(
+            Qwen2MoeConfig, Qwen2MoeSparseMoeBlock, shared_expert_intermediate_size=5, norm_topk_prob=False, **SIZES
+        ),
         ours(6, RouterConfig(2, renormalise=False), shared_hidden=5, shared_gate=True),
         lambda names: plain_names(names, shared="shared_expert"),
     ),
@@ -334,7 +344,9 @@ PARITY = {
         lambda names: plain_names(names, shared="shared_expert"),
     ),
     "Qwen3-MoE": Theirs(
-        theirs(Qwen3MoeConfig, Qwen3MoeSparseMoeBlock, norm_topk_prob=True, **SIZES), ours(6, RouterConfig(2)), plain_names
+        theirs(Qwen3MoeConfig, Qwen3MoeSparseMoeBlock, norm_topk_prob=True, **SIZES),
+        ours(6, RouterConfig(2)),
+        plain_names,
     ),
     "Qwen3-MoE, not renormalised": Theirs(
         theirs(Qwen3MoeConfig, Qwen3MoeSparseMoeBlock, norm_topk_prob=False, **SIZES),
@@ -348,17 +360,30 @@ PARITY = {
     ),
     "DeepSeek-V2, groups": Theirs(
         theirs(
-            DeepseekV2Config, DeepseekV2Moe, topk_method="group_limited_greedy", n_group=4, topk_group=2,
-            routed_scaling_factor=1.7, **DEEP,
+            DeepseekV2Config,
+            DeepseekV2Moe,
+            topk_method="group_limited_greedy",
+            n_group=4,
+            topk_group=2,
+            routed_scaling_factor=1.7,
+            **DEEP,
         ),
         ours(
-            12, RouterConfig(3, renormalise=False, scale=1.7, wide=True, groups=4, top_groups=2), shared_hidden=2 * HIDDEN
+            12,
+            RouterConfig(3, renormalise=False, scale=1.7, wide=True, groups=4, top_groups=2),
+            shared_hidden=2 * HIDDEN,
         ),
         plain_names,
     ),
     "DeepSeek-V3": Theirs(
         theirs(
-            DeepseekV3Config, DeepseekV3MoE, n_group=3, topk_group=2, routed_scaling_factor=2.5, norm_topk_prob=True, **DEEP
+            DeepseekV3Config,
+            DeepseekV3MoE,
+            n_group=3,
+            topk_group=2,
+            routed_scaling_factor=2.5,
+            norm_topk_prob=True,
+            **DEEP,
         ),
         ours(
             12,
@@ -376,7 +401,12 @@ PARITY = {
     ),
     "gpt-oss": Theirs(
         theirs(
-            GptOssConfig, GptOssMLP, num_local_experts=6, num_experts_per_tok=2, intermediate_size=HIDDEN, swiglu_limit=1.5
+            GptOssConfig,
+            GptOssMLP,
+            num_local_experts=6,
+            num_experts_per_tok=2,
+            intermediate_size=HIDDEN,
+            swiglu_limit=1.5,
         ),
         ours(6, RouterConfig(2, kind="topk_softmax", bias=True), bias=True, limit=1.5),
         gpt_oss_names,
@@ -388,12 +418,10 @@ PARITY = {
     ),
     "Switch, bias": Theirs(
         switch(expert_capacity=64, router_bias=True, dense_act_fn="gelu"),
-        ours(
-            6, RouterConfig(1, renormalise=False, wide=True, capacity=64, bias=True), activation="gelu", gated=False
-        ),
+        ours(6, RouterConfig(1, renormalise=False, wide=True, capacity=64, bias=True), activation="gelu", gated=False),
         switch_names,
     ),
-}  # fmt: skip
+}
 
 
 def pair(name: str) -> tuple[nn.Module, MixtureOfExperts]:
@@ -429,7 +457,9 @@ def test_the_block_equals_that_of_transformers(name):
     out.backward(direction)
     expected.backward(direction)
     torch.testing.assert_close(ours_x.grad, theirs_x.grad, rtol=0, atol=1e-10)
-    wanted = PARITY[name].names({n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in reference.named_parameters()})
+    wanted = PARITY[name].names(
+        {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in reference.named_parameters()}
+    )
     for parameter_name, parameter in block.named_parameters():
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad, wanted[parameter_name], rtol=0, atol=1e-10, msg=parameter_name)

@@ -8,7 +8,7 @@ times the forward pass. Counted are products only; norms, softmax and activation
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -26,7 +26,7 @@ from hanlin.models.config import (
 )
 from hanlin.nn.masks import And, Bidirectional, Causal, Mask, Window
 
-PARTS = ("embedding", "attention", "cross-attention", "feed-forward", "experts", "router", "norms", "head")
+PARTS = ("embedding", "attention", "cross-attention", "feed-forward", "experts", "router", "norms", "head", "ahead")
 Pairs = Literal["seen", "all"]
 
 
@@ -86,6 +86,11 @@ def count_parameters(config: ModelConfig) -> Parameters:
         parts.update(extra)
         active += sum(extra.values())
     rest = _outside_layers(config)
+    if config.predict_ahead:  # a layer, a projection of two states to one and three norms a step
+        last = replace(config, layers=config.layers[-1:], encoder=(), predict_ahead=0)
+        inside = sum(n for part, n in count_parameters(last).parts.items()) - sum(_outside_layers(last).values())
+        step = inside + 2 * config.width**2 + 3 * _norm_size(config)
+        rest["ahead"] = config.predict_ahead * step
     parts.update(rest)
     return Parameters(dict(parts), active + sum(rest.values()))
 

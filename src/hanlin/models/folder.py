@@ -14,7 +14,7 @@ from hanlin.core.device import choose_device
 from hanlin.core.errors import HanlinError
 from hanlin.core.files import read_json, write_json
 from hanlin.models.config import ModelConfig
-from hanlin.models.families import Family, find_family
+from hanlin.models.families import Family, family_of, find_family
 from hanlin.models.families.weights import Bound
 from hanlin.models.formats.safetensors import FLOATS, WeightReader, find_weights, read_shapes, write_weights
 from hanlin.models.transformer import Transformer
@@ -29,9 +29,7 @@ def load_config(path: str | os.PathLike[str]) -> ModelConfig:
     """`config.json` of a model folder as a `ModelConfig`. An unknown family or a setting that this Transformer cannot
     honour is a `HanlinError` that names it."""
     folder, json = _read_config(path)
-    config = find_family(json.get("model_type"), f'{folder / "config.json"}: "model_type"').read(
-        json, folder / "config.json"
-    )
+    config = family_of(json, f'{folder / "config.json"}: "model_type"').read(json, folder / "config.json")
     if (folder / "generation_config.json").exists():
         config.extra[GENERATION] = read_json(folder / "generation_config.json")
     return config

@@ -163,7 +163,7 @@ def build_mixer(config: ModelConfig, layer: LayerConfig, index: int, bias: Posit
     if isinstance(a, LatentAttentionConfig):
         return LatentAttention(
             width, a.heads, q_rank=a.q_rank, kv_rank=a.kv_rank, nope_dim=a.nope_dim, rope_dim=a.rope_dim,
-            value_dim=a.value_dim, bias=a.bias, norm_eps=eps, scale=a.scale, layer=index,
+            value_dim=a.value_dim, bias=a.bias, scale=a.scale, layer=index,
         )  # fmt: skip
     if isinstance(a, RelativeAttentionConfig):
         return RelativeAttention(width, a.heads, a.head_dim)

@@ -50,10 +50,11 @@ class Shared:
         length, dtype, device = self.length, self.dtype, self.positions.device
         return self._once(("distances", width), lambda: distance_table(length, length, width, dtype=dtype, device=device))
 
-    def lowered(self, attention: Mixer, bias: PositionBias | None) -> Lowered | None:
-        """This layer's mask as the kernel wants it, its position bias added; None with a cache, which masks itself."""
+    def lowered(self, attention: Mixer, bias: PositionBias | None) -> Lowered | Mask | None:
+        """This layer's mask as the kernel wants it, its position bias added. With a cache, which lowers masks itself:
+        None, for the layer's own, or the caller's mask within the layer's limits."""
         if self.cache is not None:
-            return None
+            return None if self.mask is None else self.mask & attention.limits
         return self._once((attention.limits, attention.bidirectional, bias), lambda: self._lower(attention, bias))
 
     def _lower(self, attention: Mixer, bias: PositionBias | None) -> Lowered:
@@ -72,7 +73,7 @@ class Shared:
 
     def _tables(self, position: Rope | BlockRopePosition, width: int) -> Tables:
         if isinstance(position, BlockRopePosition):
-            return block_rope_tables(self.positions, width, position.theta, self.dtype)
+            return block_rope_tables(self.positions, width, position.theta, self.dtype, half=position.half)
         return position.tables(self.positions, width, self.dtype, longest=self.longest)
 
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:

@@ -7,20 +7,22 @@ Hugging Face names of Llama, so a checkpoint of the families that use them needs
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hanlin.models.config import ModelConfig
-from hanlin.models.layer import Stack, build_model_norm
+from hanlin.models.config import AttentionConfig, ModelConfig
+from hanlin.models.layer import Layer, Stack, build_model_norm
 from hanlin.models.shared import Shared
 from hanlin.nn.activations import activation
 from hanlin.nn.attention import Cache
 from hanlin.nn.linear import Linear
-from hanlin.nn.mask_lowering import Lowered, lower
+from hanlin.nn.mask_lowering import Lowered, lower, sees_itself
 from hanlin.nn.masks import Mask
+from hanlin.nn.multi_token import MultiTokenPrediction
 from hanlin.nn.routing import Routing
 
 
@@ -61,6 +63,13 @@ class Transformer(nn.Module):
         self.model = Stack(config, config.layers)
         head = config.head
         self.head_transform = HeadTransform(config, head.transform) if head is not None and head.transform else None
+        self.ahead: MultiTokenPrediction | None = None
+        if config.predict_ahead:
+            depth = len(config.layers)
+            self.ahead = MultiTokenPrediction(
+                config.predict_ahead, config.width,
+                layer=lambda k: Layer(config, config.layers[-1], depth + k, None), norm=partial(build_model_norm, config),
+            )  # fmt: skip
         self.lm_head = None if head is None else Linear(config.width, config.vocab_size, bias=head.bias)
         self.compute_dtype: torch.dtype | None = None
         self.reset_parameters()
@@ -128,15 +137,15 @@ class Transformer(nn.Module):
         positions (rows or 1, T): the position of each token in its own document; default 0 … T-1, or the cache's.
         mask: who sees whom, by default what the layers say (causal, or everything); each layer adds its own window.
             With packed documents pass `Causal() & SameDocument(documents)` and their positions.
+            With a cache it counts indices of the whole sequence; what it shows of the future (the prompt of a prefix
+            language model) must be read in one piece.
         cache: one step over rows that continue earlier tokens (`nn.attention.Cache`); cached equals uncached.
         segments (rows, T): of models that embed them (BERT's sentence A and B); default 0.
         source (rows, S, width): what `encode` returned, for a model with an encoder; source_mask: which of it is real.
         logits: for every token, for the last one, or not at all (then use `hidden` and `head_weight`).
         """
         if cache is not None and mask is not None:
-            raise ValueError(
-                "A cache attends causally to its own sequence: `mask` cannot be given together with `cache`."
-            )
+            _check_cached_mask(self.config, mask)
         if (source is None) != (self.encoder is None):
             found = "needs `source`, what `encode` returns" if source is None else "has no encoder that could give `source`"
             raise ValueError(f"This model {found}.")
@@ -148,11 +157,27 @@ class Transformer(nn.Module):
         shared = Shared(
             positions, ids.shape[1], self.dtype, self.config.max_positions, mask, cache, source, reads, segments
         )
-        hidden = self.model(F.embedding(ids, self.model.embed_tokens.weight).to(self.dtype), shared)
+        hidden = self.model(self._embed(ids), shared)
         routing = tuple(shared.routing)
         if logits is None:
             return Output(None, hidden, routing)
         return Output(self.logits(hidden if logits == "all" else hidden[:, -1:]), hidden, routing)
+
+    def look_ahead(
+        self, hidden: Tensor, ids: Tensor, *, positions: Tensor | None = None, mask: Mask | None = None
+    ) -> list[Tensor]:
+        """Multi-token prediction (`ModelConfig.predict_ahead`): hidden (rows, T, width) and the ids they were made from ->
+        a hidden state for each further token, `nn.multi_token.losses_ahead` takes them. positions, mask: as `forward`."""
+        if self.ahead is None:
+            raise ValueError("This model predicts one token only; make it with `predict_ahead`.")
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        shared = Shared(positions, ids.shape[1], self.dtype, self.config.max_positions, mask)
+        return self.ahead(hidden, ids, embed=self._embed, run=lambda layer, x: layer(x, shared))
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        """The vectors of tokens, in the dtype of the activations: (rows, T) -> (rows, T, width)."""
+        return F.embedding(ids, self.model.embed_tokens.weight).to(self.dtype)
 
     def encode(self, ids: Tensor, *, positions: Tensor | None = None, mask: Mask | None = None) -> Tensor:
         """The encoder of a model that has both: ids (rows, S) -> hidden states (rows, S, width), `source` of `forward`.
@@ -161,8 +186,7 @@ class Transformer(nn.Module):
             raise ValueError("This model has no encoder beside its decoder; call the model itself.")
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        x = F.embedding(ids, self.model.embed_tokens.weight).to(self.dtype)
-        return self.encoder(x, Shared(positions, ids.shape[1], self.dtype, self.config.max_positions, mask))
+        return self.encoder(self._embed(ids), Shared(positions, ids.shape[1], self.dtype, self.config.max_positions, mask))
 
     def _head(self) -> Linear:
         if self.lm_head is None:
@@ -172,3 +196,11 @@ class Transformer(nn.Module):
     def parameter_count(self) -> int:
         """Trainable and frozen, shared ones once."""
         return sum(p.numel() for p in self.parameters())
+
+
+def _check_cached_mask(config: ModelConfig, mask: Mask) -> None:
+    """Refuse what a cache cannot honour: a query that sees nothing, other mixers than plain attention."""
+    if not sees_itself(mask):
+        raise ValueError(f"With a cache every token must see itself, which {mask} does not promise.")
+    if not all(isinstance(layer.attention, AttentionConfig) for layer in config.layers):
+        raise ValueError("Only plain attention takes a `mask` together with a `cache`.")

@@ -108,12 +108,13 @@ class Attention(PackedLinear):
         self,
         x: Tensor,
         rope: Tables | None,
-        mask: Lowered | None = None,
+        mask: Lowered | Mask | None = None,
         cache: Cache | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """x (rows, T, width) -> (rows, T, width). rope: tables of `nn.rope`, or None where nothing turns. Exactly one of
-        `mask` (this layer's, lowered, the position bias added) and `cache` is given; positions: for `query_scale`."""
+        """x (rows, T, width) -> (rows, T, width). rope: tables of `nn.rope`, or None where nothing turns. mask: this
+        layer's, lowered, the position bias added. With a cache, which lowers masks itself: None, or a `Mask` over indices
+        of the whole sequence in the place of this layer's own. positions: for `query_scale`."""
         rows, length, _ = x.shape
         H, K, D = self.heads, self.kv_heads, self.head_dim
         qkv = self.project(x).view(rows, length, H + 2 * K, D)
@@ -131,9 +132,11 @@ class Attention(PackedLinear):
             q = q * self.query_scale(positions).to(q.dtype)[:, :, None, None]
         scores = self.scores if self.sinks is None else replace(self.scores, sinks=self.sinks)
         if cache is not None:
+            if isinstance(mask, Mask):
+                scores = replace(scores, mask=mask)
             out = cache.attend(self.layer, q, k, v, scores)
         else:
-            assert mask is not None
+            assert isinstance(mask, Lowered)
             out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scores, mask).transpose(1, 2)
         return self.o_proj(out.reshape(rows, length, H * D))
 
@@ -210,7 +213,7 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: f
     """Few queries over many keys: the query heads of one key head stand as rows of one matrix, so that each key is read
     once and not once a query head (one token, 12 over 4 heads, 192 keys, bf16: 24 us against SDPA's grouped 116 us).
 
-    q (rows, T, heads, D), k and v (rows, kv_heads, L, D), bias (rows or 1, T, L) or None -> (rows, T, heads, D).
+    q (rows, T, heads, D), k and v (rows, kv_heads, L, ...), bias (rows or 1, T, L) or None -> (rows, T, heads, width of v).
     """
     rows, length, heads, D = q.shape
     K, G = k.shape[1], q.shape[2] // k.shape[1]
@@ -218,7 +221,7 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: f
     if bias is not None:
         bias = bias[:, None, None].expand(-1, 1, G, -1, -1).reshape(len(bias), 1, G * length, -1)
     out = F.scaled_dot_product_attention(grouped, k, v, bias, scale=scale)
-    return out.view(rows, K, G, length, D).permute(0, 3, 1, 2, 4).reshape(rows, length, heads, D)
+    return out.view(rows, K, G, length, -1).permute(0, 3, 1, 2, 4).reshape(rows, length, heads, out.shape[-1])
 
 
 def _as_bias(mask: Lowered, q: Tensor) -> Tensor | None:

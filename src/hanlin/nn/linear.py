@@ -5,6 +5,8 @@ mixed precision is one visible line and not an autocast context.
 
 `pack` lays the weights of several projections of the same input (q, k, v; gate, up) end to end in one buffer, of which
 the named parameters are views: one matrix product instead of three, while the checkpoint keeps the Hugging Face names.
+
+A `branch` is what an adapter (`hanlin.tune`) adds to the output of a projection, alone or in a packed product.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,15 +18,19 @@ from torch import Tensor, nn
 
 
 class Linear(nn.Linear):
-    """`x W^T + b` with W and b cast to the dtype of x (`input`). product: a faster form of it (`nn.frozen`)."""
+    """`x W^T + b` with W and b cast to the dtype of x (`input`). product: a faster form of it (`nn.frozen`); branch: of
+    x, is added to it. A packed parent learns of a branch by `PackedLinear.note_branches`."""
 
     product: Callable[[Tensor], Tensor] | None = None
+    branch: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, input: Tensor) -> Tensor:  # (..., in) -> (..., out)
         if self.product is not None:
-            return self.product(input)
-        bias = None if self.bias is None else self.bias.to(input.dtype)
-        return F.linear(input, self.weight.to(input.dtype), bias)
+            out = self.product(input)
+        else:
+            bias = None if self.bias is None else self.bias.to(input.dtype)
+            out = F.linear(input, self.weight.to(input.dtype), bias)
+        return out if self.branch is None else out.add_(self.branch(input))
 
 
 class PackedLinear(nn.Module):
@@ -36,6 +42,7 @@ class PackedLinear(nn.Module):
 
     packed: tuple[str, ...] = ()  # names of the children that share the buffer, in order
     product: Callable[[Tensor], Tensor] | None = None  # a faster form of `project` (`nn.frozen`)
+    branched: bool = False  # whether a child has a branch
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,11 +72,24 @@ class PackedLinear(nn.Module):
     def project(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., sum of the children's outputs), one matrix product."""
         if self.product is not None:
-            return self.product(x)
-        layers = self.projections()
-        weight = self._joined("weight", [layer.weight for layer in layers])
-        bias = None if layers[0].bias is None else self._joined("bias", [layer.bias for layer in layers])
-        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+            out = self.product(x)
+        else:
+            layers = self.projections()
+            weight = self._joined("weight", [layer.weight for layer in layers])
+            bias = None if layers[0].bias is None else self._joined("bias", [layer.bias for layer in layers])
+            out = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return out.add_(self._branches(x)) if self.branched else out
+
+    def note_branches(self) -> None:
+        """To be called when a child got or lost its branch."""
+        self.branched = any(layer.branch is not None for layer in self.projections())
+
+    def _branches(self, x: Tensor) -> Tensor:
+        """What the children's branches add, side by side; zeros for a child without one."""
+        return torch.cat([
+            x.new_zeros(*x.shape[:-1], layer.out_features) if layer.branch is None else layer.branch(x)
+            for layer in self.projections()
+        ], -1)  # fmt: skip
 
     def _joined(self, kind: str, parameters: Sequence[Tensor]) -> Tensor:
         buffer = self._buffer_of.get(kind)

@@ -67,7 +67,7 @@ def lower(mask: Mask, length: int, *, dtype: torch.dtype, device: torch.device, 
     visible = mask.dense(torch.arange(length, device=device), torch.arange(keys, device=device))
     bias = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, float("-inf"))
     blind = None
-    if not (_sees_itself(mask) and length <= keys):
+    if not (sees_itself(mask) and length <= keys):
         blind = ~visible.any(-1, keepdim=True)
         if device.type == "cpu" and not blind.any():  # elsewhere the question would wait for the device
             blind = None
@@ -138,12 +138,12 @@ def _hides_nothing(mask: Mask, length: int, keys: int) -> bool:
     return isinstance(mask, Padding) and mask.valid.device.type == "cpu" and bool(mask.valid[:, :keys].all())
 
 
-def _sees_itself(mask: Mask) -> bool:
+def sees_itself(mask: Mask) -> bool:
     """Whether every query certainly sees the key of its own index, so that none is blind."""
     if isinstance(mask, And):
-        return all(_sees_itself(part) for part in mask.parts)
+        return all(sees_itself(part) for part in mask.parts)
     if isinstance(mask, Or):
-        return any(_sees_itself(part) for part in mask.parts)
+        return any(sees_itself(part) for part in mask.parts)
     if isinstance(mask, Permutation):
         return not mask.strict
     return isinstance(mask, Bidirectional | Causal | Window | Local | Dilated | Chunk | SameDocument)

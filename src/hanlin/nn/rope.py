@@ -93,18 +93,36 @@ def rope_tables(
     return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
 
-def block_rope_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def block_rope_tables(
+    positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype, *, half: bool = False
+) -> tuple[Tensor, Tensor]:
     """Two axes (GLM, arXiv:2103.10360, section 2.2): positions (2, rows or 1, T), in the text and in the span that is
-    being written -> cos and signed sin (rows or 1, T, 1, 2, head_dim / 2): one axis for each half of a head."""
+    being written -> cos and signed sin (rows or 1, T, 1, 2, head_dim / 2): one axis for each half of a head.
+
+    half: frequencies rounded to fp16, with which ChatGLM-6B was trained: at position 1,000 up to 0.2 radians away."""
     if positions.dim() != 3 or len(positions) != 2 or head_dim % 4:
         raise HanlinError(
             f"Rotary positions on two axes need positions (2, rows, T) and heads of a multiple of 4; found "
             f"{tuple(positions.shape)} and {head_dim}."
         )
     inverse = inverse_frequencies(head_dim // 2, theta).to(positions.device)
+    if half:
+        inverse = inverse.half().float()
     tables = [rope_tables(axis, inverse, dtype) for axis in positions]
     cos, sin = (torch.stack(parts, 3) for parts in zip(*tables, strict=True))
     return cos, sin
+
+
+def block_positions(start: Tensor, blank: Tensor, length: int) -> Tensor:
+    """Positions for two axes: start (rows,) is the index of the token that starts the written span, blank (rows,) the
+    place in the prompt that the span fills -> (2, rows, length).
+
+        prompt    0 1 2 … start - 1     0 0 0 … 0
+        span      blank blank blank …   1 2 3 …
+    """
+    index = torch.arange(length, device=start.device)[None]
+    start, blank = start[:, None], blank[:, None]
+    return torch.stack([torch.where(index < start, index, blank), (index - start + 1).clamp(min=0)])
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

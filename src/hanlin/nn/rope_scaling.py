@@ -343,7 +343,9 @@ def scaling_to_json(
         if dim is None:
             raise HanlinError("NTK-aware scaling is written as its base, which depends on the dimensions: give `dim`.")
         theta, scaling = ntk_theta(dim, theta, scaling.factor), None
-    kind = next(name for name, cls in SCALINGS.items() if cls is type(scaling or RopeScaling()))
+    kind = next((name for name, cls in SCALINGS.items() if cls is type(scaling or RopeScaling())), None)
+    if kind is None:
+        raise HanlinError(f"{scaling} has no name in `rope_parameters`; choose a family whose config.json can say it.")
     table: dict[str, Any] = {"rope_type": kind, "rope_theta": theta}
     if fraction is not None:
         table["partial_rotary_factor"] = fraction

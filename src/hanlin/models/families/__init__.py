@@ -1,16 +1,21 @@
 """Which families Hanlin reads and writes: one short file each, and the dict of them."""
 
+from collections.abc import Mapping
 from difflib import get_close_matches
+from typing import Any
 
 from hanlin.core.errors import HanlinError
 from hanlin.models.families.family import Family
 from hanlin.models.families.gemma2 import GEMMA2
+from hanlin.models.families.gemma3 import GEMMA3
+from hanlin.models.families.glm4 import GLM, GLM4
 from hanlin.models.families.llama import LLAMA
 from hanlin.models.families.mistral import MISTRAL
+from hanlin.models.families.phi3 import PHI3
 from hanlin.models.families.qwen2 import QWEN2
 from hanlin.models.families.qwen3 import QWEN3
 
-__all__ = ["FAMILIES", "Family", "find_family"]
+__all__ = ["FAMILIES", "Family", "family_of", "find_family"]
 
 _ALL = (
     LLAMA,
@@ -18,18 +23,41 @@ _ALL = (
     QWEN3,
     MISTRAL,
     GEMMA2,
+    GEMMA3,
+    PHI3,
+    GLM,
+    GLM4,
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 
 
-def find_family(name: object, where: str) -> Family:
-    """The family called `name`; an unknown one is a `HanlinError` that names those there are, and the nearest.
+def family_of(json: Mapping[str, Any], where: str) -> Family:
+    """The family of a parsed `config.json`: the one of its `model_type`, and where several layouts share that name, the
+    one that claims its keys. where: how the message about an unknown one begins, the file and `"model_type"`."""
+    name = json.get("model_type")
+    same = [family for family in FAMILIES.values() if family.model_type == name]
+    if not same:
+        raise _unknown(name, dict.fromkeys(family.model_type for family in FAMILIES.values()), where)
+    for family in same:
+        if family.claims is None or family.claims(json):
+            return family
+    layouts = " nor ".join(f'"{family.name}"' for family in same)
+    raise HanlinError(
+        f"{where} is {name!r}, a name that several layouts share; by its other keys this file is neither {layouts}."
+    )
 
-    where: how the message begins, e.g. `models/x/config.json: "model_type"`.
-    """
+
+def find_family(name: object, where: str) -> Family:
+    """The family called `name` (`Family.name`); an unknown one is a `HanlinError` that names those there are, and the
+    nearest. where: how the message begins."""
     if isinstance(name, str) and name in FAMILIES:
         return FAMILIES[name]
-    near = get_close_matches(str(name), FAMILIES, n=1)
+    raise _unknown(name, FAMILIES, where)
+
+
+def _unknown(name: object, known: Mapping[str, Any], where: str) -> HanlinError:
+    near = get_close_matches(str(name), known, n=1)
     hint = f' Did you mean "{near[0]}"?' if near else ""
-    known = ", ".join(FAMILIES)
-    raise HanlinError(f"{where} is {name!r}, a family that Hanlin does not know. It knows {known}.{hint}")
+    return HanlinError(
+        f"{where} is {name!r}, a family that Hanlin does not know. It knows {', '.join(known)}.{hint}"
+    )

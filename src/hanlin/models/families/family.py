@@ -34,11 +34,13 @@ Values = dict[str, Any]  # dotted name of a field -> value
 
 @dataclass(frozen=True)
 class Family:
-    """name: the `model_type`; architecture: the class with the language-model head, and `bare` the one without.
+    """name: unique, and the `model_type` of the files unless that is given too, since two layouts may share one; then
+    claims(json) says whether a `config.json` is of this one. architecture: the class with the language-model head, `also`
+    what else files call it, and `bare` the class without a head.
 
     settings: keys that this family reads, beside those of `common` or instead of them (None takes one away). always: our
     fields that hold for every model of the family. fixed: keys with the one value that is computed, instead of those of
-    `FIXED`. harmless: more keys that change no number. absent: token ids that transformers assumes where the file names
+    `FIXED`. harmless: more keys that change no number; hooked: keys that the hooks below read and write. absent: token ids that transformers assumes where the file names
     none. windows: how `sliding_window` is said, see `Windows`. rotary: whether the layers have rotary positions, which
     `rope_parameters` describes. whole_heads: whether transformers loads only models whose width divides among the heads.
 
@@ -52,11 +54,15 @@ class Family:
     name: str
     architecture: str
     bare: str | None = None
+    also: tuple[str, ...] = ()
+    model_type: str = ""
+    claims: Callable[[Mapping[str, Any]], bool] | None = None
     settings: Mapping[str, Setting | None] = field(default_factory=dict)
     common: Mapping[str, Setting] = field(default_factory=lambda: COMMON)
     always: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     harmless: frozenset[str] = frozenset()
+    hooked: frozenset[str] = frozenset()
     absent: Mapping[str, Any] = field(default_factory=dict)
     windows: Windows = Windows("none")
     rotary: bool = True
@@ -68,6 +74,9 @@ class Family:
     weights: tuple[tuple[str, str] | Rule, ...] = ()
     skipped: tuple[str, ...] = ("model.layers.{}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
     prefix: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model_type", self.model_type or self.name)
 
     @property
     def keys(self) -> dict[str, Setting]:
@@ -118,13 +127,13 @@ class Family:
 
     def _refuse_unknown(self, json: Mapping[str, Any], settings: Mapping[str, Setting], file: Path) -> None:
         heads = json.get("architectures") or [self.architecture]
-        if self.architecture not in heads and not self._headless(json):
+        if not any(name in heads for name in (self.architecture, *self.also)) and not self._headless(json):
             raise HanlinError(
                 f'{file}: "architectures" is {heads}; Hanlin reads the language models of this family, '
                 f"{self.architecture}, and no other head."
             )
         fixed = FIXED | dict(self.fixed)
-        known = HARMLESS | self.harmless | {"model_type", *(POSITIONS if self.rotary else ()), *WINDOWS}
+        known = HARMLESS | self.harmless | self.hooked | {"model_type", *(POSITIONS if self.rotary else ()), *WINDOWS}
         for key, value in json.items():
             if key in settings or key in known or value is None:
                 continue
@@ -149,7 +158,7 @@ class Family:
                 f"{values['attention.heads']}. Choose another width, or a family without this rule, such as qwen3."
             )
         architecture = self.bare if config.head is None and self.bare is not None else self.architecture
-        json: dict[str, Any] = {"architectures": [architecture], "model_type": self.name}
+        json: dict[str, Any] = {"architectures": [architecture], "model_type": self.model_type}
         json |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
         json |= {k: v for k, v in config.extra.items() if k in HARMLESS | self.harmless}
         for key, setting in self.keys.items():

@@ -141,7 +141,8 @@ def read_rope(json: Mapping[str, Any], file: Path, *, default: float) -> dict[st
         table = json.get(place) or {}
         if not isinstance(table, dict):
             raise HanlinError(f'{file}: "{place}" is {table!r}; it must be null or an object.')
-        theta, scaling, fraction = scaling_from_json(table, f'{file}: "{place}"')
+        trained = json.get("original_max_position_embeddings")  # Phi-3 has it beside the table
+        theta, scaling, fraction = scaling_from_json(table, f'{file}: "{place}"', trained=trained)
         if theta is not None:
             bases[f"{place}.rope_theta"] = theta
         if scaling is not None:
