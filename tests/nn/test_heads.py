@@ -151,7 +151,9 @@ def test_values_are_fp32_numbers_that_start_at_0():
     redraw(head)
     out = head(states())
     assert out.shape == (4, 5)
-    assert float(out[1, 2]) == pytest.approx(float(head.value.weight[0] @ states()[1, 2] + head.value.bias), abs=1e-10)
+    assert out[1, 2].item() == pytest.approx(
+        (head.value.weight[0] @ states()[1, 2] + head.value.bias).item(), abs=1e-10
+    )
     assert head(states().bfloat16()).dtype == torch.float32
 
 

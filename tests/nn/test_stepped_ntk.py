@@ -57,5 +57,5 @@ def test_each_row_turns_by_its_own_length():
 def test_files_that_cannot_say_it_refuse_it():
     with pytest.raises(HanlinError, match="SteppedNtk"):
         scaling_to_json(1e4, SteppedNtk(8))
-    with pytest.raises(HanlinError, match="trained"):
+    with pytest.raises(HanlinError, match="positive integer"):
         SteppedNtk(0)

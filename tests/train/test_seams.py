@@ -1,5 +1,7 @@
 """The seams that every later method grows behind: denominators, batch order, cache = no cache."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -104,3 +106,20 @@ def test_a_mixture_keeps_its_weights_and_counts_each_source_without_gaps():
 def test_order_does_not_depend_on_who_asks():
     forwards = [shuffled(g, 50, seed=3) for g in range(200)]
     assert [shuffled(g, 50, seed=3) for g in reversed(range(200))] == forwards[::-1]
+
+
+def test_tokens_further_ahead_join_the_loss():
+    """Two further tokens: each the mean over its own targets, weighted; borders of documents are respected."""
+    torch.manual_seed(0)
+    model = Transformer(replace(tiny().config, predict_ahead=2)).double()
+    ids = torch.randint(0, 61, (2, 12))
+    documents = torch.tensor([[0] * 12, [0] * 5 + [1] * 7])
+    batch = Batch(ids, next_token_targets(ids, documents), document_positions(documents), documents)
+    objective = CausalLM(ahead=2, ahead_weight=0.5)
+    totals = objective.count(batch)
+    assert totals == {"tokens": 11 + 10, "tokens_1": 10 + 8, "tokens_2": 9 + 6}
+    terms, metrics = objective.loss(model, batch)
+    expected = metrics["loss"][0] / 21 + 0.25 * (metrics["loss_1_ahead"][0] / 18 + metrics["loss_2_ahead"][0] / 15)
+    assert float(step_loss(terms, totals)) == pytest.approx(expected, rel=1e-12)
+    step_loss(terms, totals).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.ahead.parameters())

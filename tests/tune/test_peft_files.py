@@ -14,6 +14,8 @@ from hanlin.core.errors import HanlinError
 from hanlin.models import load_model
 from hanlin.tune import add_lora, load_lora, save_lora
 
+CLOSE = 5e-5  # norms and RoPE of transformers are fp32 in a model of any dtype
+
 FULL = {  # every setting that PEFT 0.19 writes for a plain LoRA
     "alora_invocation_tokens": None, "alpha_pattern": {}, "arrow_config": None, "auto_mapping": None,
     "base_model_name_or_path": "somewhere/base", "bias": "none", "corda_config": None, "ensure_weight_tying": False,
@@ -95,7 +97,7 @@ def test_an_adapter_of_peft_loads(pair, tmp_path, config, ranks):
     adapter = load_lora(ours, folder)
     add_by_hand(theirs, folder)
     expected = logits_of(theirs, some_ids())
-    torch.testing.assert_close(ours_of(ours), expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(ours_of(ours), expected, rtol=0, atol=CLOSE)
     assert (expected - before).abs().max() > 0.1
     assert adapter.settings.dropout == 0.05 and all(p.requires_grad for p in adapter.parameters())
 
@@ -108,7 +110,7 @@ def test_what_is_saved_says_the_same_in_a_model_of_transformers(pair, tmp_path, 
     redraw(adapter)
     save_lora(adapter, tmp_path / "adapter", base_model="somewhere/base")
     add_by_hand(theirs, tmp_path / "adapter")
-    torch.testing.assert_close(ours_of(ours), logits_of(theirs, some_ids()), rtol=0, atol=1e-10)
+    torch.testing.assert_close(ours_of(ours), logits_of(theirs, some_ids()), rtol=0, atol=CLOSE)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "somewhere/base" and config["task_type"] == "CAUSAL_LM"
     assert config.keys() <= FULL.keys() and config["lora_alpha"] == 24 and isinstance(config["lora_alpha"], int)
@@ -168,7 +170,7 @@ def put(key, *shape):
         (
             {},
             put("model.layers.0.self_attn.qq_proj.lora_A.weight", 4, 64),
-            "nearest layer is .*layers.0.self_attn.q_proj",
+            "nearest layer is .*layers.0.*.q_proj",
         ),
         ({}, put("lm_head.lora_A.weight", 4, 64), "belongs to no linear layer"),
         ({}, put("model.embed_tokens.lora_embedding_A", 4, 64), "belongs to no linear layer"),
@@ -213,7 +215,7 @@ def test_what_we_save_peft_loads(pair, tmp_path):
     redraw(adapter)
     save_lora(adapter, tmp_path / "adapter")
     model = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter", autocast_adapter_dtype=False).double()
-    torch.testing.assert_close(ours_of(ours), logits_of(model, some_ids()), rtol=0, atol=1e-10)
+    torch.testing.assert_close(ours_of(ours), logits_of(model, some_ids()), rtol=0, atol=CLOSE)
 
 
 def test_what_peft_saves_we_load(pair, tmp_path):
@@ -231,4 +233,4 @@ def test_what_peft_saves_we_load(pair, tmp_path):
                 parameter.normal_(0, 0.2)
     model.save_pretrained(tmp_path / "adapter")
     load_lora(ours, tmp_path / "adapter")
-    torch.testing.assert_close(ours_of(ours), logits_of(model, some_ids()), rtol=0, atol=1e-10)
+    torch.testing.assert_close(ours_of(ours), logits_of(model, some_ids()), rtol=0, atol=CLOSE)

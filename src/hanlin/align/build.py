@@ -54,7 +54,7 @@ def train(recipe: TrainRecipe, *, quiet: bool = False) -> TrainResult:
     say(f"{model.parameter_count() / 1e6:.2f} million parameters", quiet=quiet)
     trainer = Trainer(
         model,
-        CausalLM(),
+        CausalLM(ahead=model.config.predict_ahead),
         data.source,
         settings,
         run=run,

@@ -54,6 +54,9 @@ class Mixture:
 
 def join_rows(parts: Sequence[Batch]) -> Batch:
     """Batches below one another; their rows must be equally long."""
+    kinds = {type(part).__name__ for part in parts if type(part) is not Batch}
+    if kinds:
+        raise HanlinError(f"A mixture joins plain batches; {', '.join(sorted(kinds))} holds more, which would be lost.")
     widths = {part.ids.shape[1] for part in parts}
     if len(widths) > 1:
         raise HanlinError(f"A mixture needs rows of one length; found rows of {sorted(widths)} tokens.")

@@ -6,8 +6,6 @@ lives on. It holds no reference to the `Engine`, so that an engine nobody uses a
 
 import threading
 from collections import Counter
-from collections.abc import Generator
-from contextlib import contextmanager
 
 import torch
 
@@ -20,22 +18,6 @@ from hanlin.engine.types import Busy, EngineStats
 from hanlin.models.transformer import Transformer
 
 Samplers = dict[int, tuple[list[Request], Sampler]]  # by the first slot of their rows
-
-
-@contextmanager
-def _one_thread(ids: torch.Tensor) -> Generator[None]:
-    """A single token on a CPU is computed by one thread: the products are too small to share, and threads that wait for
-    each other hundreds of times a token cost more than they bring. Two cores, tokens a second with one thread and with
-    two: 641 and 241 at 3M parameters, 349 and 194 at 10M, 98 and 83 at 100M (benchmarks/bench_decode.py)."""
-    threads = torch.get_num_threads()
-    if ids.device.type != "cpu" or ids.numel() > 1 or threads == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class Worker:
@@ -146,8 +128,7 @@ class Worker:
         rows = [r.ids[r.computed : r.computed + work.count] for r in work.requests]
         ids = torch.tensor(rows, device=self._model.device)  # (rows, count)
         cache = self._cache.step(work.slots, work.count)
-        with _one_thread(ids):
-            logits = self._model(ids, cache=cache, logits="last" if work.sample else None).logits
+        logits = self._model(ids, cache=cache, logits="last" if work.sample else None).logits
         for request in work.requests:
             request.computed += work.count
         if logits is None:

@@ -34,8 +34,8 @@ class BucketPosition:
 @dataclass(frozen=True)
 class BlockRopePosition:
     """2-D rotary positions (GLM, arXiv:2103.10360): the first half of a head turns by the place in the text, the second
-    by the place in the span that is being written; `positions` is then (2, rows, T). half: the frequencies are rounded to
-    fp16, as ChatGLM-6B was trained."""
+    by the place in the span that is being written; `positions` is then (2, rows, T). half: the frequencies are rounded
+    to fp16, as ChatGLM-6B was trained."""
 
     theta: float = 10_000.0
     half: bool = False
@@ -247,8 +247,8 @@ class NormConfig:
 class ModelConfig:
     """A decoder, an encoder (layers that look both ways, a head or none), or both (`encoder` beside `layers`).
 
-    `family` names the table by which it is saved (`models.families`); `extra` holds the keys of `config.json` that change no number
-    (token ids, version notes), so that saving gives back what was loaded. head None: the model ends at `hidden`.
+    `family` names the table by which it is saved (`models.families`); `extra` holds the keys of `config.json` that change
+    no number (token ids, version notes), so that saving gives back what was loaded. head None: the model ends at `hidden`.
     predict_ahead: modules of multi-token prediction behind the last layer.
     """
 

@@ -54,7 +54,8 @@ def load_model(
         dtype = _saved_dtype(json, held, folder)
     with torch.device("meta"):  # nothing is drawn at random only to be overwritten
         model = Transformer(config)
-    bound = family.bind(config, _shapes(_stored(model)))
+    bare = bool(family.prefix) and not any(name.startswith(family.prefix) for name in held)
+    bound = family.bind(config, _shapes(_stored(model)), bare=bare)
     extra = _check_shapes(model, family, bound, held, folder)
     _fill(model, bound, held, extra, folder, dtype, choose_device(str(device)))
     return model.eval()

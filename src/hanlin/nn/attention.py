@@ -113,8 +113,8 @@ class Attention(PackedLinear):
         positions: Tensor | None = None,
     ) -> Tensor:
         """x (rows, T, width) -> (rows, T, width). rope: tables of `nn.rope`, or None where nothing turns. mask: this
-        layer's, lowered, the position bias added. With a cache, which lowers masks itself: None, or a `Mask` over indices
-        of the whole sequence in the place of this layer's own. positions: for `query_scale`."""
+        layer's, lowered, the position bias added. With a cache, which lowers masks itself: None, or a `Mask` over
+        indices of the whole sequence in the place of this layer's own. positions: for `query_scale`."""
         rows, length, _ = x.shape
         H, K, D = self.heads, self.kv_heads, self.head_dim
         qkv = self.project(x).view(rows, length, H + 2 * K, D)

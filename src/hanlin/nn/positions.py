@@ -50,10 +50,8 @@ class SinusoidalPositions(nn.Module):
 
     def _table(self, device: torch.device) -> Tensor:
         if device not in self._tables:
-            with torch.inference_mode(False):  # passes that record gradients read it, too
-                self._tables[device] = sinusoids(
-                    torch.arange(self.count, device=device), self.width, layout=self.layout
-                )  # fmt: skip
+            everything = torch.arange(self.count, device=device)
+            self._tables[device] = sinusoids(everything, self.width, layout=self.layout)
         return self._tables[device]
 
 

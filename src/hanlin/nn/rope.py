@@ -167,6 +167,5 @@ def _turn_groups(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
 @lru_cache(maxsize=64)
 def _kept_frequencies(rope: Rope, head_dim: int, longest: int | None, device: torch.device) -> tuple[Tensor, float]:
     """Frequencies that every pass shares, kept on their device: a decoded token pays for no more than its angles."""
-    with torch.inference_mode(False):  # passes that record gradients read them, too
-        inverse, factor = rope.frequencies(head_dim, longest=longest)
-        return inverse.to(device), factor
+    inverse, factor = rope.frequencies(head_dim, longest=longest)
+    return inverse.to(device), factor

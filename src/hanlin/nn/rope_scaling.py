@@ -31,7 +31,7 @@ Frequencies = tuple[Tensor, float]
 
 
 def inverse_frequencies(head_dim: int, theta: float | Tensor, pairs: int | None = None) -> Tensor:
-    """theta^(-2i/D) for i < D/2 (or the first `pairs`), fp32, (head_dim / 2,); theta (rows, 1) -> (rows, head_dim/2)."""
+    """theta^(-2i/D) for i < D/2 (or the first `pairs`), fp32, (D / 2,); theta (rows, 1) -> (rows, D / 2)."""
     exponent = torch.arange(0, head_dim if pairs is None else 2 * pairs, 2, dtype=torch.float32) / head_dim
     if isinstance(theta, Tensor):
         exponent = exponent.to(theta.device)

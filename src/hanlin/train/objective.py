@@ -12,8 +12,10 @@ from torch import Tensor
 
 from hanlin.data.batch import Batch
 from hanlin.models.transformer import Transformer
-from hanlin.nn.losses import count_targets, linear_cross_entropy
+from hanlin.nn.losses import count_targets
 from hanlin.nn.masks import Causal, Mask, SameDocument
+from hanlin.nn.multi_token import targets_ahead
+from hanlin.train.token_loss import token_loss
 
 Term = tuple[Tensor, str]  # (un-normalised sum with gradient, name of its denominator)
 Metrics = dict[str, tuple[float, float]]  # name -> (sum, count)
@@ -36,16 +38,36 @@ class CausalLM:
 
     The loss is the mean over trained tokens; `targets` of the batch decide which those are, so pretraining and
     supervised fine-tuning are this same objective over different batches.
+
+    ahead: how many further tokens the model predicts (`ModelConfig.predict_ahead`); the mean of their losses joins with
+    weight `ahead_weight` (DeepSeek-V3, arXiv:2412.19437, eq. 25).
     """
 
+    def __init__(self, *, ahead: int = 0, ahead_weight: float = 0.3) -> None:
+        self.ahead, self.ahead_weight = ahead, ahead_weight
+
     def count(self, batch: Batch) -> dict[str, float]:
-        return {"tokens": float(count_targets(batch.targets))}
+        further = {
+            f"tokens_{k}": float(count_targets(targets_ahead(batch.targets, k, batch.documents)))
+            for k in range(1, self.ahead + 1)
+        }
+        return {"tokens": float(count_targets(batch.targets)), **further}
 
     def loss(self, model: Transformer, batch: Batch) -> tuple[list[Term], Metrics]:
-        hidden = model(batch.ids, positions=batch.positions, mask=document_mask(batch), logits=None).hidden
-        total = linear_cross_entropy(hidden, model.head_weight, batch.targets)
-        value = float(total.detach())
-        return [(total, "tokens")], {"loss": (value, float(count_targets(batch.targets)))}
+        mask = document_mask(batch)
+        hidden = model(batch.ids, positions=batch.positions, mask=mask, logits=None).hidden
+        total = token_loss(model, hidden, batch.targets)
+        trained = float(count_targets(batch.targets))
+        terms: list[Term] = [(total, "tokens")]
+        metrics: Metrics = {"loss": (float(total.detach()), trained)}
+        if self.ahead:
+            outputs = model.look_ahead(hidden, batch.ids, positions=batch.positions, mask=mask)
+            for k, state in enumerate(outputs, start=1):
+                targets = targets_ahead(batch.targets, k, batch.documents)
+                further = token_loss(model, state, targets)
+                terms.append((further * (self.ahead_weight / self.ahead), f"tokens_{k}"))
+                metrics[f"loss_{k}_ahead"] = (float(further.detach()), float(count_targets(targets)))
+        return terms, metrics
 
 
 def document_mask(batch: Batch) -> Mask:

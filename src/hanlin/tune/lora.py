@@ -56,6 +56,8 @@ class Branch:
         self.layer, self.settings = layer, settings
         self.a = _factor(layer.in_features, settings.rank, layer.weight.device, dtype)
         self.b = _factor(settings.rank, layer.out_features, layer.weight.device, dtype)
+        for factor in (self.a, self.b):
+            factor.train(layer.training)
 
     def __call__(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         if self.settings.dropout and self.a.training:

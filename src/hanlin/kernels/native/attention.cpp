@@ -25,6 +25,7 @@ namespace {
 
 constexpr int64_t KEYS = 64;          // in a block
 constexpr int64_t WORTH = 256 << 10;  // bytes of keys and values, from which threads share
+constexpr int64_t LARGE = 1 << 20;    // and from which those that sleep are woken
 
 template <class T>
 struct Job {
@@ -130,8 +131,8 @@ void attend_all(const Job<T>& job) {
         held += d.window ? std::min(d.window, length) : length;
     }
     const int parts = int(d.rows * d.kv_heads);
-    if (held * d.kv_heads * (d.width + d.value_width) * int64_t(sizeof(T)) >= WORTH)
-        return share(attend<T>, &job, parts);
+    const int64_t bytes = held * d.kv_heads * (d.width + d.value_width) * int64_t(sizeof(T));
+    if (bytes >= WORTH) return share(attend<T>, &job, parts, bytes >= LARGE);
     for (int part = 0; part < parts; part++) attend<T>(&job, part);
 }
 

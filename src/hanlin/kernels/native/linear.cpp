@@ -36,6 +36,7 @@ constexpr int64_t TILE = 32;          // outputs
 constexpr int64_t DEPTH = 32;         // `in` of bf16 weights is padded to a multiple with zeros
 constexpr int64_t NEAR = 256 << 10;   // bytes of weights that stay in the L2 cache while many rows pass
 constexpr int64_t WORTH = 128 << 10;  // bytes of weights times blocks of rows, from which threads share
+constexpr int64_t LARGE = 1 << 20;    // and from which those that sleep are woken
 #if defined(__AVX512F__)
 constexpr int BLOCK = 14;  // rows at once: 28 sums, 2 weights and a number of x in 32 registers
 #else
@@ -226,7 +227,7 @@ void multiply_all(const Matrix* m, const T* x, T* y, int64_t rows) {
     }
     const int64_t work = m->out * m->in * int64_t(sizeof(T)) * ((rows + BLOCK - 1) / BLOCK);
     if (work >= WORTH && threads() > 1) job.parts = job.tiles < 4 * threads() ? job.tiles : 4 * threads();
-    share(multiply_part<T>, &job, int(job.parts));
+    share(multiply_part<T>, &job, int(job.parts), work >= LARGE);
 }
 
 template <class T>

@@ -2,7 +2,7 @@
 //
 // Nobody is handed a piece: the caller and the helpers take parts from one counter, so a helper that sleeps, or whose
 // core does something else, costs nothing. Helpers spin for a moment after a job, because the next product of a token
-// comes within microseconds, and then sleep. A process that was forked has no helpers, and its callers do all parts.
+// comes soon, and then sleep; to wake one costs the caller 25 us (measured in a virtual machine). A process that was forked has no helpers, and its callers do all parts.
 //
 // OpenMP's pool is not used: it waits at a barrier for every thread, and libgomp stops spinning when the threads of all
 // its pools (each calling thread has one) outnumber the cores.
@@ -24,7 +24,7 @@
 namespace hanlin {
 namespace {
 
-constexpr auto SPIN = std::chrono::microseconds(300);
+constexpr auto SPIN = std::chrono::milliseconds(2);  // a step's sampling and Python lie between two products
 
 // Waiting for microseconds. Now and then the core is offered to whoever else wants it: to the very thread that is waited
 // for, when other programs keep the cores busy.
@@ -81,7 +81,7 @@ Pool& pool() {
 
 int threads() { return pool().helpers + 1; }
 
-void share(Part run, const void* job, int parts) {
+void share(Part run, const void* job, int parts, bool large) {
     Pool& p = pool();
     std::unique_lock<std::mutex> alone(p.owner, std::defer_lock);
     if (parts < 2 || !p.helpers || !alone.try_lock()) {
@@ -91,7 +91,7 @@ void share(Part run, const void* job, int parts) {
     p.run = run, p.job = job;
     p.unfinished.store(parts, std::memory_order_relaxed);
     p.ticket.store(((p.ticket.load(std::memory_order_relaxed) >> 32) + 1) << 32 | uint32_t(parts));
-    if (p.asleep.load()) {
+    if (large && p.asleep.load()) {
         { std::lock_guard<std::mutex> lock(p.mutex); }
         p.wake.notify_all();
     }

@@ -5,13 +5,20 @@ from difflib import get_close_matches
 from typing import Any
 
 from hanlin.core.errors import HanlinError
+from hanlin.models.families.baichuan import BAICHUAN, BAICHUAN_13B
+from hanlin.models.families.bloom import BLOOM
+from hanlin.models.families.chatglm import CHATGLM
+from hanlin.models.families.chatglm2 import CHATGLM2
 from hanlin.models.families.family import Family
 from hanlin.models.families.gemma2 import GEMMA2
 from hanlin.models.families.gemma3 import GEMMA3
 from hanlin.models.families.glm4 import GLM, GLM4
+from hanlin.models.families.gpt1 import GPT1
+from hanlin.models.families.gpt2 import GPT2, GPT3
 from hanlin.models.families.llama import LLAMA
 from hanlin.models.families.mistral import MISTRAL
 from hanlin.models.families.phi3 import PHI3
+from hanlin.models.families.qwen import QWEN
 from hanlin.models.families.qwen2 import QWEN2
 from hanlin.models.families.qwen3 import QWEN3
 
@@ -27,6 +34,15 @@ _ALL = (
     PHI3,
     GLM,
     GLM4,
+    GPT1,
+    GPT2,
+    GPT3,
+    BLOOM,
+    QWEN,
+    BAICHUAN,
+    BAICHUAN_13B,
+    CHATGLM,
+    CHATGLM2,
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 
@@ -58,6 +74,4 @@ def find_family(name: object, where: str) -> Family:
 def _unknown(name: object, known: Mapping[str, Any], where: str) -> HanlinError:
     near = get_close_matches(str(name), known, n=1)
     hint = f' Did you mean "{near[0]}"?' if near else ""
-    return HanlinError(
-        f"{where} is {name!r}, a family that Hanlin does not know. It knows {', '.join(known)}.{hint}"
-    )
+    return HanlinError(f"{where} is {name!r}, a family that Hanlin does not know. It knows {', '.join(known)}.{hint}")

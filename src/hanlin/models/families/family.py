@@ -48,7 +48,8 @@ class Family:
     one whose layers differ or that has an encoder. describe(config): the keys of `config.json` that say so.
 
     weights: (their name, our name) pairs and `Rule`s, see `models.families.weights`. skipped: weights that files may hold
-    and that are computed here or stand elsewhere too. prefix: what a model without a head leaves off its weights' names.
+    and that are computed here or stand elsewhere too. prefix: of the names of all weights but the head's, which a file of a model without a head
+    leaves off (and some old files of one with a head).
     """
 
     name: str
@@ -169,7 +170,8 @@ class Family:
                 json[key] = setting.written(found.pop())
         if self.rotary:
             json |= write_rope(config)
-        json |= self.windows.write(config, self.name)
+        if self.windows.kind != "none" or self.shape is None:  # else the hooks say them
+            json |= self.windows.write(config, self.name)
         if self.describe is not None:
             json |= self.describe(config)
         self._refuse_what_is_lost(config, json)
@@ -202,16 +204,19 @@ class Family:
     def rules(self) -> tuple[Rule, ...]:
         return tuple(row if isinstance(row, Rule) else renamed(*row) for row in self.weights)
 
-    def bind(self, config: ModelConfig, ours: Mapping[str, tuple[int, ...]]) -> list[Bound]:
-        """Which of their weights make which of ours (name -> shape)."""
+    def bind(self, config: ModelConfig, ours: Mapping[str, tuple[int, ...]], *, bare: bool | None = None) -> list[Bound]:
+        """Which of their weights make which of ours (name -> shape). bare: their names lack `prefix`, as those of a model
+        without a head do (None: as this config has one or not)."""
         found = bind(self.rules, dict(ours))
-        if config.head is not None or not self.prefix:
+        bare = config.head is None if bare is None else bare
+        if not bare or not self.prefix:
             return found
         return [replace(b, theirs=tuple(name.removeprefix(self.prefix) for name in b.theirs)) for b in found]
 
     def is_skipped(self, theirs: str) -> bool:
         """Whether a weight in a file takes no part: it is computed here, or stands there under another name too."""
-        return any(match(template, theirs) is not None for template in self.skipped)
+        names = (theirs, self.prefix + theirs)
+        return any(match(template, name) is not None for template in self.skipped for name in names)
 
     def our_name(self, theirs: str) -> str | None:
         """Our name of a weight that is only renamed; None for one that takes no part."""

@@ -16,7 +16,7 @@ from hanlin.nn.losses import count_targets
 from hanlin.nn.masks import Bidirectional, Mask, Padding
 from hanlin.nn.wide import wide
 from hanlin.train.objective import Metrics, Term
-from hanlin.train.objectives.token_loss import expect, token_loss
+from hanlin.train.token_loss import expect, token_loss
 
 
 class MaskedLM:

@@ -13,7 +13,7 @@ from hanlin.models.two_streams import two_streams
 from hanlin.nn.losses import IGNORE, count_targets
 from hanlin.nn.masks import Permutation
 from hanlin.train.objective import Metrics, Term
-from hanlin.train.objectives.token_loss import expect, token_loss
+from hanlin.train.token_loss import expect, token_loss
 
 
 class PermutationLM:

@@ -11,7 +11,7 @@ from hanlin.models.transformer import Transformer
 from hanlin.nn.losses import count_targets
 from hanlin.nn.masks import Causal, Prefix
 from hanlin.train.objective import Metrics, Term
-from hanlin.train.objectives.token_loss import expect, token_loss
+from hanlin.train.token_loss import expect, token_loss
 
 
 class PrefixLM:

@@ -12,7 +12,7 @@ from hanlin.nn.losses import count_targets
 from hanlin.nn.masks import Causal
 from hanlin.train.objective import Metrics, Term
 from hanlin.train.objectives.masked_lm import real_tokens
-from hanlin.train.objectives.token_loss import expect, token_loss
+from hanlin.train.token_loss import expect, token_loss
 
 
 class Seq2Seq:

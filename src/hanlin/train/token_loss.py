@@ -2,7 +2,7 @@
 
     sum over targets of  -log softmax(z)[target],   z = softcap(scale * (W transform(h) + b))
 
-Only trained tokens go through the head: of a masked row that is one in seven.
+Only trained tokens go through the transform: of a masked row that is one in seven.
 """
 
 from typing import TypeVar
@@ -22,11 +22,13 @@ def token_loss(model: Transformer, hidden: Tensor, targets: Tensor) -> Tensor:
     head = model.config.head
     if head is None:
         raise HanlinError("This model was made without an output head, so it cannot predict tokens.")
-    keep = targets != IGNORE
+    if head.transform is not None:
+        keep = targets != IGNORE
+        hidden, targets = hidden[keep], targets[keep]  # (trained, width)
     return linear_cross_entropy(
-        model.head_hidden(hidden[keep]),  # (trained, width)
+        model.head_hidden(hidden),
         model.head_weight,
-        targets[keep],
+        targets,
         bias=model.head_bias,
         softcap=head.softcap,
         scale=head.scale,
