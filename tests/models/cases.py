@@ -43,7 +43,8 @@ class Case:
 
     reference: what it is, for the table in the docs. call: its logits; hidden: its last hidden states (encoders). save:
     writes a model folder. reload: whether transformers can load what we save (a class exists). cached: whether text is
-    written token by token. ours: more arguments for our forward pass, made from the inputs. std: logits are wide enough.
+    written token by token, after `prompt` of them in one piece. ours: more arguments for our forward pass, made from the
+    inputs. std: logits are wide enough.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Case:
     ours: Callable[[Inputs], dict[str, Any]] = field(default=lambda inputs: {})
     length: int = 21
     vocabulary: int = 131
+    prompt: int = 1
 
 
 def reference_model(case: Case, *, seed: int = 0) -> nn.Module:

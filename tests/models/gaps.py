@@ -75,7 +75,9 @@ def cached_gap(case: Case, folder: Path) -> float:
     inputs = inputs_of(case)
     whole, length = run_ours(case, ours, inputs).logits, inputs.ids.shape[1]
     assert whole is not None
-    cuts = ([7, *[1] * (length - 7)], [1, 9, length - 10])
+    start, first = max(7, case.prompt), case.prompt
+    middle = min(9, length - first - 1)
+    cuts = ([start, *[1] * (length - start)], [first, middle, length - first - middle])
     return max(float((run_cached(case, ours, inputs, pieces) - whole).abs().max()) for pieces in cuts)
 
 

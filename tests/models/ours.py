@@ -37,10 +37,11 @@ def run_cached(case: Case, model: Transformer, inputs: Inputs, cuts: list[int]) 
     """The logits of the same tokens, read in pieces through a cache."""
     rows, length = inputs.ids.shape
     cache = ContiguousCache(model.config, slots=rows, capacity=length, dtype=model.dtype)
-    parts, start = [], 0
+    parts, start, whole = [], 0, case.ours(inputs)
     for count in cuts:
         piece = Inputs(inputs.ids[:, start : start + count], inputs.source, inputs.valid)
-        parts.append(run_ours(case, model, piece, cache=cache.step(range(rows), count)).logits)
+        how = whole | {k: v[..., start : start + count] for k, v in whole.items() if k == "positions"}
+        parts.append(run_ours(case, model, piece, cache=cache.step(range(rows), count), **how).logits)
         start += count
     assert start == length
     return torch.cat(parts, 1)

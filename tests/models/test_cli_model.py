@@ -9,7 +9,6 @@ from tests.models.oracle import load_theirs, logits_of, some_ids
 from hanlin.cli import main
 from hanlin.models import load_model
 from hanlin.cli.model import FAMILIES
-from hanlin.models.sizes import model_sizes
 from hanlin.tokens import Tokenizer
 
 SIZE = ["--layers", "2", "--width", "32", "--heads", "4", "--kv-heads", "2", "--max-positions", "64"]
@@ -69,7 +68,35 @@ def test_show_counts_what_is_there(tmp_path, capsys):
     assert facts["training_flops_per_token"] == 6 * matmul + 12 * 2 * 4 * 8 * 16
     assert main(["model", "show", str(out)]) == 0
     assert "qwen3" in capsys.readouterr().out
-    assert model_sizes(model.config, torch.float32).weight_bytes == 4 * model.parameter_count()
+    assert facts["weight_bytes"]["fp32"] == 4 * model.parameter_count()
+    assert list(facts["layers"]) == ["0-1"] and facts["layers"]["0-1"]["mask"] == "causal"
+
+
+def test_diff_says_what_differs_in_the_words_of_the_field(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "250")
+    same = [*SIZE, "--vocab-size", "50"]
+    for name, more in (("a", []), ("b", ["--family", "mistral", "--window", "8", "--kv-heads", "1"])):
+        assert main(["model", "--quiet", "new", *same, *more, "--out", str(tmp_path / name)]) == 0
+    assert main(["model", "diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    said = capsys.readouterr().out
+    for words in ("GQA, 4 heads on 2 of 8, QK norm", "MQA, 4 heads on 1 of 8", "Window(8)", "every layer", "KV bytes"):
+        assert words in said
+    assert "context" not in said
+    assert main(["model", "diff", str(tmp_path / "a"), str(tmp_path / "a/config.json")]) == 0
+    assert "the same model" in capsys.readouterr().out
+
+
+def test_a_balanced_config_has_the_wanted_size(tmp_path, capsys):
+    out = tmp_path / "like"
+    assert main(["model", "new", "--like", "qwen3", "--params", "0.6B", "--out", str(out)]) == 0
+    assert sorted(f.name for f in out.iterdir()) == ["config.json", "generation_config.json"]
+    capsys.readouterr()
+    assert main(["model", "show", str(out / "config.json"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert 0.55e9 <= facts["parameters"] <= 0.65e9
+    small = ["--like", "llama", "--params", "2M", "--vocab-size", "512", "--weights", "--out", str(tmp_path / "small")]
+    assert main(["model", "--quiet", "new", *small]) == 0
+    assert 1.8e6 <= load_model(tmp_path / "small").parameter_count() <= 2.2e6
 
 
 @pytest.mark.parametrize(
@@ -82,6 +109,9 @@ def test_show_counts_what_is_there(tmp_path, capsys):
         (["--family", "gpt2"], "gpt2"),
         (["--family", "llama", "--window", "8"], "no sliding windows"),
         (["--out", "."], "already there"),
+        (["--like", "qwen3"], "--like needs --params"),
+        (["--like", "qwen3", "--params", "1M"], "the sizes are chosen"),
+        (["--params", "1M"], "belong to --like"),
     ],
 )
 def test_a_mistake_is_one_paragraph_and_leaves_nothing(tmp_path, capsys, monkeypatch, arguments, message):
@@ -94,3 +124,16 @@ def test_a_mistake_is_one_paragraph_and_leaves_nothing(tmp_path, capsys, monkeyp
 def test_without_a_vocabulary_nothing_is_guessed(tmp_path, capsys):
     assert main(["model", "new", *SIZE, "--out", str(tmp_path / "x")]) == 2
     assert "--tokenizer DIR or --vocab-size N" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--like", "qwen3", "--params", "lots"], "'lots'; it must be a number of parameters"),
+        (["--like", "qwen3", "--params", "3M"], "the nearest has"),
+        (["--width", "64"], "--layers, --heads must be given too"),
+    ],
+)
+def test_sizes_that_do_not_go_together_are_refused(tmp_path, capsys, arguments, message):
+    assert main(["model", "new", *arguments, "--out", str(tmp_path / "x")]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "x").exists()

@@ -63,6 +63,22 @@ def test_layer_norm_keeps_fp32_statistics_in_bf16(weights):
     assert (out - expected).abs().max() <= 2**-8 * expected.abs().max()  # one rounding to bf16
 
 
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("x_type", [torch.float32, torch.bfloat16, torch.float64])
+def test_layer_norm_has_right_gradients_in_mixed_precision(x_type, weights):
+    torch.manual_seed(5)
+    layer = LayerNorm(64).to(weights)
+    for parameter in layer.parameters():
+        parameter.data.normal_(1.0, 0.3)
+    x, direction = torch.randn(50, 64).to(x_type).requires_grad_(), torch.randn(50, 64).to(x_type)
+    high = [t.detach().double().requires_grad_() for t in (x, layer.weight, layer.bias)]
+    found = torch.autograd.grad(layer(x), (x, layer.weight, layer.bias), direction)
+    expected = torch.autograd.grad(F.layer_norm(high[0], (64,), *high[1:]), high, direction.double())
+    for a, b in zip(found, expected, strict=True):
+        low = torch.bfloat16 in (x_type, weights)
+        assert (a - b).abs().max() <= (0.02 if low else 1e-5) * b.abs().max()
+
+
 @pytest.mark.parametrize("gradients", [True, False], ids=["training", "no grad"])
 @pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("x_type", [torch.bfloat16, torch.float32, torch.float64])

@@ -120,6 +120,6 @@ def test_tokens_further_ahead_join_the_loss():
     assert totals == {"tokens": 11 + 10, "tokens_1": 10 + 8, "tokens_2": 9 + 6}
     terms, metrics = objective.loss(model, batch)
     expected = metrics["loss"][0] / 21 + 0.25 * (metrics["loss_1_ahead"][0] / 18 + metrics["loss_2_ahead"][0] / 15)
-    assert float(step_loss(terms, totals)) == pytest.approx(expected, rel=1e-12)
+    assert step_loss(terms, totals).item() == pytest.approx(expected, rel=1e-12)
     step_loss(terms, totals).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.ahead.parameters())

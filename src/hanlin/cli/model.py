@@ -1,4 +1,4 @@
-"""`hanlin model show DIR` and `hanlin model new --family FAMILY … --out DIR`."""
+"""`hanlin model show DIR`, `hanlin model diff A B` and `hanlin model new … --out DIR`."""
 
 import argparse
 import json
@@ -10,6 +10,7 @@ from hanlin.core.errors import HanlinError
 if TYPE_CHECKING:
     from hanlin.models import ModelConfig
 
+PRECISIONS = {"fp32": 4, "bf16": 2, "int8": 1, "int4": 0.5}  # bytes of a weight
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 
 
@@ -17,22 +18,29 @@ def main(argv: list[str]) -> None:
     """Run `hanlin model`."""
     parser = make_parser(
         "model",
-        "Show a model folder, or make a new one with random weights.",
+        "Show a model, say how two differ, or make a new one.",
         examples=[
             "hanlin model show runs/quickstart/model",
+            "hanlin model diff runs/quickstart/model OTHER",
+            "hanlin model new --like qwen3 --params 0.6B --out DIR",
             "hanlin model new --family qwen3 --layers 6 --width 192 --heads 3 --kv-heads 1 --tokenizer DIR --out DIR",
         ],
     )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="show|new")
-    show = verbs.add_parser("show", help="family, parameters by part, layers, bytes and FLOPs a token")
-    show.add_argument("folder", metavar="DIR", help="model folder")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="show|diff|new")
+    show = verbs.add_parser("show", help="family, parameters by part, layers, memory by precision, bytes and FLOPs a token")
+    show.add_argument("folder", metavar="DIR", help="model folder, or a config.json")
     show.add_argument("--length", type=int, metavar="N", help="sequence length for the FLOPs (default: the longest)")
     show.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    new = verbs.add_parser("new", help="a model folder with random weights")
+    diff = verbs.add_parser("diff", help="how two models differ, in the field's words")
+    diff.add_argument("folders", metavar="DIR", nargs=2, help="model folders, or config.json files")
+    new = verbs.add_parser("new", help="a model folder with random weights, or with --like a balanced config.json")
+    new.add_argument("--like", choices=FAMILIES, help="choose all sizes for --params in the proportions of this family")
+    new.add_argument("--params", metavar="N", help="parameters with --like, such as 0.6B or 30M")
+    new.add_argument("--weights", action="store_true", help="with --like: random weights too, not only config.json")
     new.add_argument("--family", choices=FAMILIES, default="qwen3", help="default: qwen3")
-    new.add_argument("--layers", type=int, required=True, metavar="N")
-    new.add_argument("--width", type=int, required=True, metavar="N")
-    new.add_argument("--heads", type=int, required=True, metavar="N", help="query heads")
+    new.add_argument("--layers", type=int, metavar="N")
+    new.add_argument("--width", type=int, metavar="N")
+    new.add_argument("--heads", type=int, metavar="N", help="query heads")
     new.add_argument("--kv-heads", type=int, metavar="N", help="key and value heads (default: as many)")
     new.add_argument("--head-dim", type=int, metavar="N", help="width of a head (default: width / heads)")
     new.add_argument("--hidden", type=int, metavar="N", help="feed-forward units (default: 8/3 width, in steps of 64)")
@@ -46,28 +54,58 @@ def main(argv: list[str]) -> None:
     new.add_argument("--seed", type=int, default=0, metavar="N")
     new.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     arguments = parser.parse_args(argv)
-    {"show": _show, "new": _new}[arguments.verb](arguments)
+    {"show": _show, "diff": _diff, "new": _new}[arguments.verb](arguments)
 
 
 def _show(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from hanlin.core.errors import HanlinError as Unreadable
     from hanlin.models import load_config, stored_dtype
 
     config = load_config(arguments.folder)
     if arguments.length is not None and arguments.length < 1:
         raise HanlinError(f"--length is {arguments.length}; it must be at least 1.")
-    facts = _facts(config, stored_dtype(arguments.folder), arguments.length)
+    try:
+        dtype = stored_dtype(arguments.folder)
+    except Unreadable:  # a config without weights
+        dtype = torch.bfloat16
+    facts = _facts(config, dtype, arguments.length)
     if arguments.json:
         print(json.dumps(facts, indent=2))
     else:
-        _print_facts(facts)
+        _print_facts(facts, config)
+
+
+def _diff(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from hanlin.models import load_config
+    from hanlin.models.describe import differences
+
+    first, second = (load_config(folder) for folder in arguments.folders)
+    rows = differences(first, second)
+    if not rows:
+        print("The two are the same model: their configs say the same.")
+        return
+    table = Table(box=None, pad_edge=False)
+    for title in ("", *arguments.folders):
+        table.add_column(title, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console(soft_wrap=False).print(table)
 
 
 def _new(arguments: argparse.Namespace) -> None:
+    from dataclasses import replace
+
     import torch
 
     from hanlin.core.files import atomic_folder
     from hanlin.core.seeds import seed_everything
-    from hanlin.models import AttentionConfig, FeedForwardConfig, ModelConfig, Transformer, save_model
+    from hanlin.models import Transformer, save_model
+    from hanlin.models.folder import save_config
     from hanlin.tokens import Tokenizer
 
     _check_new(arguments)
@@ -78,7 +116,47 @@ def _new(arguments: argparse.Namespace) -> None:
     ids: dict[str, Any] = {}
     if tokenizer is not None:
         ids = {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}
-    config = ModelConfig.uniform(
+    config = replace(_like(arguments, vocab_size) if arguments.like else _sized(arguments, vocab_size), extra=ids)
+    dtype = getattr(torch, arguments.dtype)
+    with atomic_folder(arguments.out) as folder:
+        if arguments.like and not arguments.weights:
+            save_config(config, folder, dtype=dtype)
+        else:
+            seed_everything(arguments.seed)
+            save_model(Transformer(config).to(dtype), folder)
+        if tokenizer is not None:
+            tokenizer.save(folder)
+    if not arguments.quiet:
+        _print_facts(_facts(config, dtype, None), config)
+
+
+def _like(arguments: argparse.Namespace, vocab_size: int) -> "ModelConfig":
+    """The balanced config of `--like FAMILY --params N`."""
+    from hanlin.models.balanced import balanced_config
+
+    return balanced_config(
+        arguments.like, _count(arguments.params), vocab_size=vocab_size or None, max_positions=arguments.max_positions
+    )
+
+
+def _count(text: str) -> float:
+    """0.6B, 30M, 500k or a plain number."""
+    units = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
+    unit = units.get(text[-1:].lower())
+    try:
+        number = float(text[:-1] if unit else text) * (unit or 1)
+    except ValueError:
+        number = 0.0
+    if not 1e4 <= number <= 1e13:
+        raise HanlinError(f"--params is {text!r}; it must be a number of parameters such as 0.6B, 30M or 500k.")
+    return number
+
+
+def _sized(arguments: argparse.Namespace, vocab_size: int) -> "ModelConfig":
+    """The config that the flags spell out."""
+    from hanlin.models import AttentionConfig, FeedForwardConfig, ModelConfig
+
+    return ModelConfig.uniform(
         arguments.family,
         depth=arguments.layers,
         attention=AttentionConfig(
@@ -95,17 +173,7 @@ def _new(arguments: argparse.Namespace) -> None:
         max_positions=arguments.max_positions,
         rope_theta=arguments.rope_theta,
         tied_embeddings=not arguments.untied,
-        extra=ids,
     )
-    seed_everything(arguments.seed)
-    dtype = getattr(torch, arguments.dtype)
-    model = Transformer(config).to(dtype)
-    with atomic_folder(arguments.out) as folder:
-        save_model(model, folder)
-        if tokenizer is not None:
-            tokenizer.save(folder)
-    if not arguments.quiet:
-        _print_facts(_facts(config, dtype, None))
 
 
 def _check_new(arguments: argparse.Namespace) -> None:
@@ -116,6 +184,15 @@ def _check_new(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise HanlinError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
+    if arguments.like:
+        _check_like(arguments)
+        return
+    absent = [name for name in ("layers", "width", "heads") if getattr(arguments, name) is None]
+    if absent:
+        needed = ", ".join(f"--{name}" for name in absent)
+        raise HanlinError(f"{needed} must be given too, or let --like FAMILY --params N choose all sizes.")
+    if arguments.params or arguments.weights:
+        raise HanlinError("--params and --weights belong to --like FAMILY.")
     if not arguments.rope_theta > 0:
         raise HanlinError(f"--rope-theta is {arguments.rope_theta}; it must be above 0.")
     if not arguments.vocab_size and not arguments.tokenizer:
@@ -129,57 +206,52 @@ def _check_new(arguments: argparse.Namespace) -> None:
         raise HanlinError(f"{arguments.out} is already there, and nothing is overwritten. Choose another --out.")
 
 
-def _facts(config: "ModelConfig", dtype: Any, length: int | None) -> dict[str, Any]:
-    from hanlin.models.sizes import model_sizes
+def _check_like(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
 
-    sizes = model_sizes(config, dtype, length)
-    attention, feed_forward = config.layers[0].attention, config.layers[0].feed_forward
+    if not arguments.params:
+        raise HanlinError("--like needs --params, such as --params 0.6B.")
+    sizes = ("layers", "width", "heads", "kv_heads", "head_dim", "hidden", "window", "untied")
+    given = [f"--{name.replace('_', '-')}" for name in sizes if getattr(arguments, name)]
+    if given:
+        raise HanlinError(f"{', '.join(given)}: with --like the sizes are chosen. Give --params, or all sizes by hand.")
+    if Path(arguments.out).exists():
+        raise HanlinError(f"{arguments.out} is already there, and nothing is overwritten. Choose another --out.")
+
+
+def _facts(config: "ModelConfig", dtype: Any, length: int | None) -> dict[str, Any]:
+    from hanlin.models.describe import describe_model, layer_groups
+
+    counted, reach = config.parameters(), length or config.max_positions
+    per_token = config.flops_per_token(reach)
     return {
         "family": config.family,
-        "parameters": sizes.total,
-        "parameters_by_part": sizes.parameters,
+        "model": describe_model(config),
+        "layers": dict(layer_groups(config.layers)),
+        "encoder_layers": dict(layer_groups(config.encoder)),
+        "parameters": counted.total,
+        "active_parameters": counted.active,
+        "parameters_by_part": {part: n for part, n in counted.parts.items() if n},
         "dtype": str(dtype).removeprefix("torch."),
-        "weight_bytes": sizes.weight_bytes,
-        "vocab_size": config.vocab_size,
-        "tied_embeddings": config.tied_embeddings,
-        "width": config.width,
-        "layers": len(config.layers),
-        "heads": attention.heads,
-        "kv_heads": attention.kv_heads,
-        "head_dim": attention.head_dim,
-        "qk_norm": attention.qk_norm,
-        "qkv_bias": attention.qkv_bias,
-        "hidden": feed_forward.hidden,
-        "windows": [layer.attention.window for layer in config.layers],
-        "max_positions": config.max_positions,
-        "rope_theta": config.rope_theta,
-        "kv_bytes_per_token": sizes.kv_bytes_per_token,
-        "flops_length": length or config.max_positions,
-        "training_flops_per_token": sizes.training_flops_per_token,
-        "forward_flops_per_token": sizes.training_flops_per_token / 3,
+        "weight_bytes": {name: round(counted.total * size) for name, size in PRECISIONS.items()},
+        "kv_bytes_per_token": config.kv_bytes_per_token(dtype.itemsize),
+        "flops_length": reach,
+        "training_flops_per_token": per_token,
+        "forward_flops_per_token": per_token / 3,
     }
 
 
-def _print_facts(facts: dict[str, Any]) -> None:
+def _print_facts(facts: dict[str, Any], config: "ModelConfig") -> None:
     from hanlin.core.progress import quantity
 
-    total = facts["parameters"]
-    windows = [w for w in facts["windows"] if w is not None]
-    reach = f"window {windows[0]:,} in {len(windows)} of {facts['layers']} layers" if windows else "full attention"
-    traits = [name for key, name in (("qk_norm", "QK norm"), ("qkv_bias", "QKV bias")) if facts[key]]
-    heads = f"{facts['heads']} heads on {facts['kv_heads']} key/value heads of {facts['head_dim']}"
+    total, active = facts["parameters"], facts["active_parameters"]
+    sizes = ", ".join(f"{quantity(size)}B {name}" for name, size in facts["weight_bytes"].items())
     rows = [
-        ("family", facts["family"]),
-        ("parameters", f"{total:,}"),
-        *(
-            (f"  {part}", f"{count:,} ({count / total:.1%})" if count else "shares the embedding")
-            for part, count in facts["parameters_by_part"].items()
-        ),
-        ("weights", f"{facts['dtype']}, {quantity(facts['weight_bytes'])}B"),
-        ("vocabulary", f"{facts['vocab_size']:,}"),
-        ("layers", f"{facts['layers']} of width {facts['width']}, feed-forward {facts['hidden']}"),
-        ("attention", ", ".join([heads, reach, *traits])),
-        ("positions", f"{facts['max_positions']:,}, rotary base {facts['rope_theta']:,.0f}"),
+        *facts["model"].items(),
+        ("parameters", f"{total:,}" + (f", {active:,} active" if active != total else "")),
+        *((f"  {part}", f"{count:,} ({count / total:.1%})") for part, count in facts["parameters_by_part"].items()),
+        ("weights", sizes),
+        ("stored as", facts["dtype"]),
         ("KV cache", f"{facts['kv_bytes_per_token']:,} bytes a token"),
         (
             "FLOPs a token",
@@ -189,3 +261,7 @@ def _print_facts(facts: dict[str, Any]) -> None:
     ]
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+    for stack in ("encoder_layers", "layers"):
+        for where, words in facts[stack].items():
+            print(f"\n{'encoder layer' if stack == 'encoder_layers' else 'layer'} {where}")
+            print("\n".join(f"  {part:<{width - 2}}  {value}" for part, value in words.items()))

@@ -48,7 +48,7 @@ class DecodeStep:
         if (
             run is None
             or not (k.dtype == v.dtype == keys.dtype == values.dtype == q.dtype)
-            or q.device.type != "cpu"
+            or not q.is_cpu
             or not (_is_packed(q, width) and _is_packed(k, width) and _is_packed(v, value_width))
             or not (keys.is_contiguous() and values.is_contiguous())
         ):
@@ -58,7 +58,7 @@ class DecodeStep:
         if shape not in self._descriptions:
             description = Decode(ctypes.addressof(self._lengths), self._rows, self._slot, *shape)
             self._descriptions[shape] = description, ctypes.addressof(description)
-        out = torch.empty((self._rows, 1, heads, value_width), dtype=q.dtype)
+        out = q.new_empty((self._rows, 1, heads, value_width))
         run(
             self._descriptions[shape][1],
             q.data_ptr(), q.stride(0), k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0),

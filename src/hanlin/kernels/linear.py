@@ -49,7 +49,7 @@ class PackedProduct:
             raise ValueError(f"x is {x.dtype} of shape {tuple(shape)}; expected {self.dtype} of (..., {self.inputs})")
         if not x.is_contiguous():
             x = x.contiguous()
-        y = torch.empty((*shape[:-1], self.outputs), dtype=self.dtype)
+        y = x.new_empty((*shape[:-1], self.outputs))
         self._run(self._address, x.data_ptr(), y.data_ptr(), x.numel() // self.inputs)
         return y
 

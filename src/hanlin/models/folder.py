@@ -75,13 +75,9 @@ def save_model(model: Transformer, path: str | os.PathLike[str], *, shard_bytes:
     Weights keep their dtype; tied ones are stored once. More than `shard_bytes` become several files with an index.
     A config that its family cannot express (`ModelConfig.family`) is a `HanlinError` before anything is written.
     """
-    folder = Path(path)
-    if folder.exists() and not folder.is_dir():
-        raise HanlinError(f"{folder} is a file; a model is a folder. Choose another name.")
-    config = model.config
+    folder, config = _folder_to_write(path), model.config
     family = find_family(config.family, "The model's family (`ModelConfig.family`)")
     json = family.write(config)
-    json["dtype"] = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
     tensors = _stored(model)
     weights: dict[str, Tensor] = {}
     for row in family.bind(config, _shapes(tensors)):
@@ -89,6 +85,26 @@ def save_model(model: Transformer, path: str | os.PathLike[str], *, shard_bytes:
         weights |= zip(row.theirs, made, strict=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_weights(weights, folder, shard_bytes=shard_bytes)
+    _write_config(json, config, folder, model.model.embed_tokens.weight.dtype)
+
+
+def save_config(config: ModelConfig, path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> None:
+    """`config.json` and `generation_config.json` of a model that has no weights yet."""
+    folder = _folder_to_write(path)
+    json = find_family(config.family, "The model's family (`ModelConfig.family`)").write(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_config(json, config, folder, dtype)
+
+
+def _folder_to_write(path: str | os.PathLike[str]) -> Path:
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise HanlinError(f"{folder} is a file; a model is a folder. Choose another name.")
+    return folder
+
+
+def _write_config(json: dict[str, Any], config: ModelConfig, folder: Path, dtype: torch.dtype) -> None:
+    json["dtype"] = str(dtype).removeprefix("torch.")
     generation = {k: json[k] for k in TOKEN_IDS if json[k] is not None}
     write_json(folder / "generation_config.json", generation | config.extra.get(GENERATION, {}))
     write_json(folder / "config.json", json)
@@ -96,6 +112,8 @@ def save_model(model: Transformer, path: str | os.PathLike[str], *, shard_bytes:
 
 def _read_config(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     folder = Path(path)
+    if folder.name == "config.json" and folder.is_file():
+        folder = folder.parent
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise HanlinError(f"{folder} {what}. A model is a folder with config.json and model.safetensors.")

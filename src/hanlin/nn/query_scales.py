@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from hanlin.core.errors import HanlinError
+from hanlin.nn.wide import wide
 
 
 def temperature_scale(positions: Tensor, *, floor: int, scale: float) -> Tensor:
-    """positions (...) integers from 0 -> fp32 (...), 1 below `floor - 1`."""
+    """positions (...) from 0, integers or fp64 -> fp32 or fp64 (...), 1 below `floor - 1`."""
     if floor < 1:
         raise HanlinError(f"temperature_scale: floor is {floor}, expected a length of at least 1 token.")
-    steps = torch.div(positions.to(torch.float32) + 1.0, floor, rounding_mode="floor")
+    steps = torch.div(wide(positions) + 1.0, floor, rounding_mode="floor")
     return torch.log1p(steps) * scale + 1.0

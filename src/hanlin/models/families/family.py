@@ -47,7 +47,8 @@ class Family:
     finish(values, json): fills in values that follow from others. shape(config, json): turns a config of equal layers into
     one whose layers differ or that has an encoder. describe(config): the keys of `config.json` that say so.
 
-    weights: (their name, our name) pairs and `Rule`s, see `models.families.weights`. skipped: weights that files may hold
+    weights: (their name, our name) pairs and `Rule`s, see `models.families.weights`. alias(our name, config): the name by
+    which `weights` speaks of a weight that stands among the layers there and elsewhere here. skipped: weights that files may hold
     and that are computed here or stand elsewhere too. prefix: of the names of all weights but the head's, which a file of a model without a head
     leaves off (and some old files of one with a head).
     """
@@ -73,6 +74,7 @@ class Family:
     shape: Callable[[ModelConfig, Mapping[str, Any]], ModelConfig] | None = None
     describe: Callable[[ModelConfig], dict[str, Any]] | None = None
     weights: tuple[tuple[str, str] | Rule, ...] = ()
+    alias: Callable[[str, ModelConfig], str] | None = None
     skipped: tuple[str, ...] = ("model.layers.{}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
     prefix: str = ""
 
@@ -207,7 +209,10 @@ class Family:
     def bind(self, config: ModelConfig, ours: Mapping[str, tuple[int, ...]], *, bare: bool | None = None) -> list[Bound]:
         """Which of their weights make which of ours (name -> shape). bare: their names lack `prefix`, as those of a model
         without a head do (None: as this config has one or not)."""
-        found = bind(self.rules, dict(ours))
+        known = {name if self.alias is None else self.alias(name, config): name for name in ours}
+        found = bind(self.rules, {alias: ours[name] for alias, name in known.items()})
+        if self.alias is not None:
+            found = [replace(b, ours=tuple(known[alias] for alias in b.ours)) for b in found]
         bare = config.head is None if bare is None else bare
         if not bare or not self.prefix:
             return found

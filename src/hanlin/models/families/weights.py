@@ -50,8 +50,23 @@ def renamed(theirs: str, ours: str) -> Rule:
 
 
 def transposed(theirs: str, ours: str) -> Rule:
-    """Theirs is (in, out), as GPT-2's `Conv1D` keeps it."""
-    return Rule((theirs,), (ours,), lambda t, shapes, c: [t[0].T], lambda t, c: [t[0].T])
+    """Theirs is (in, out), as GPT-2's `Conv1D` keeps it, or (experts, in, out)."""
+    return Rule((theirs,), (ours,), lambda t, shapes, c: [t[0].mT], lambda t, c: [t[0].mT])
+
+
+def alternating(theirs: str, ours: str, *, transpose: bool = False) -> Rule:
+    """The rows of gate and up alternate in theirs (experts, rows, ...), ours has all rows of the gate first (gpt-oss);
+    transpose: theirs is then (experts, in, out)."""
+
+    def to_ours(tensors: list[Tensor], shapes: Shapes, config: ModelConfig) -> list[Tensor]:
+        whole = tensors[0].mT if transpose else tensors[0]
+        return [torch.cat([whole[:, ::2], whole[:, 1::2]], 1)]
+
+    def to_theirs(tensors: list[Tensor], config: ModelConfig) -> list[Tensor]:
+        whole = torch.stack(tensors[0].chunk(2, dim=1), 2).flatten(1, 2)
+        return [whole.mT if transpose else whole]
+
+    return Rule((theirs,), (ours,), to_ours, to_theirs)
 
 
 def fused(theirs: str, ours: Iterable[str], *, transpose: bool = False, dim: int = 0) -> Rule:

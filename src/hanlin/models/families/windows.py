@@ -14,26 +14,30 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 @dataclass(frozen=True)
 class Windows:
-    """kind "none": no layer may have a window; "all": one for all layers; "each": switched by `use_sliding_window`, from
-    layer `max_window_layers` on or as `layer_types` says (Qwen); "types": `layer_types` alone says which, by default
-    every layer but each `every`-th (Gemma, gpt-oss). default: the size where the file names none."""
+    """kind "none": no layer may have a window; "all": one for all layers; "types": `layer_types` alone says which have
+    one, by default every layer but each `every`-th (Gemma, gpt-oss); "hooked": the family's hooks read and write the keys.
+    Where `use_sliding_window` must be true for any: "switched" for all layers (Qwen3-MoE); "each" from layer
+    `max_window_layers` on (Qwen2), "below" for every second layer before it (Qwen2-MoE), unless `layer_types` says
+    otherwise. default: the size where the file names none."""
 
-    kind: Literal["none", "all", "each", "types"]
+    kind: Literal["none", "all", "types", "hooked", "switched", "each", "below"]
     default: int | None = None
     every: int = 2
 
     def read(self, config: ModelConfig, json: Mapping[str, Any], file: Path, name: str) -> ModelConfig:
         """The config with the windows that the file gives to its layers."""
-        depth = len(config.layers)
+        if self.kind == "hooked":
+            return config
+        depth, switched = len(config.layers), self.kind in ("switched", "each", "below")
         size = json.get("sliding_window", self.default)
-        if self.kind == "each" and not json.get("use_sliding_window", False):
+        if switched and not json.get("use_sliding_window", False):
             size = None
         if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise HanlinError(f'{file}: "sliding_window" is {size!r}; it must be null or an integer of at least 1.')
         if size is not None and self.kind == "none":
             raise HanlinError(f'{file}: "sliding_window" is {size!r}; the family "{name}" has no windows.')
         switch = json.get("use_sliding_window")
-        if self.kind != "each" and switch is not None and switch != (size is not None):
+        if not switched and switch is not None and switch != (size is not None):
             raise HanlinError(
                 f'{file}: "use_sliding_window" is {switch!r} beside a "sliding_window" of {size}; in the family '
                 f'"{name}" the size alone decides. Delete the switch, or set the size accordingly.'
@@ -46,9 +50,11 @@ class Windows:
         return config
 
     def _types(self, json: Mapping[str, Any], size: int | None, depth: int, file: Path, name: str) -> list[str]:
-        first = read_integer(json, "max_window_layers", 28, file) if self.kind == "each" else 0
+        first = read_integer(json, "max_window_layers", 28, file) if self.kind in ("each", "below") else 0
         if self.kind == "types":
             plain = [SLIDING if (i + 1) % self.every else FULL for i in range(depth)]
+        elif self.kind == "below":
+            plain = [FULL if size is None or i >= first or i % 2 else SLIDING for i in range(depth)]
         else:
             plain = [FULL if size is None or i < first else SLIDING for i in range(depth)]
         types = json.get("layer_types")
@@ -58,7 +64,7 @@ class Windows:
             raise HanlinError(f'{file}: "layer_types" must be a list of {depth} names, one a layer; found {types!r}.')
         for index, kind in enumerate(types):
             known = kind == FULL or (kind == SLIDING and size is not None)
-            if not known or (self.kind in ("none", "all") and kind != plain[index]):
+            if not known or (self.kind in ("none", "all", "switched") and kind != plain[index]):
                 raise HanlinError(
                     f'{file}: "layer_types" gives layer {index} as {kind!r}, with a "sliding_window" of {size} in use; '
                     f'Hanlin cannot honour that for the family "{name}".'
@@ -67,6 +73,8 @@ class Windows:
 
     def write(self, config: ModelConfig, name: str) -> dict[str, Any]:
         """The keys that say the windows of a config."""
+        if self.kind == "hooked":
+            return {}
         windows = [layer.attention.window for layer in config.layers]
         sizes = {w for w in windows if w is not None}
         if self.kind == "none":
@@ -75,8 +83,9 @@ class Windows:
                     f'The family "{name}" has no sliding windows; "mistral", "qwen2" and "qwen3" have them.'
                 )
             return {}
-        if len(sizes) > 1 or (self.kind == "all" and sizes and None in windows):
-            allowed = "one window for all layers" if self.kind == "all" else "one size of window"
+        uniform = self.kind in ("all", "switched")
+        if len(sizes) > 1 or (uniform and sizes and None in windows):
+            allowed = "one window for all layers" if uniform else "one size of window"
             raise HanlinError(f'The family "{name}" has {allowed}; this model has {windows}.')
         size = next(iter(sizes), None)
         if self.kind == "all":
@@ -85,8 +94,10 @@ class Windows:
         if self.kind == "types":
             return types | {"sliding_window": size or self.default}
         json: dict[str, Any] = {"use_sliding_window": size is not None, "sliding_window": size}
+        if self.kind == "switched":
+            return json
         first = next((i for i, w in enumerate(windows) if w is not None), len(windows))
-        if size is not None and all(windows[first:]):  # else `layer_types` alone can say it
+        if self.kind == "each" and size is not None and all(windows[first:]):  # else `layer_types` alone can say it
             json["max_window_layers"] = first
         return json | types
 
