@@ -1,4 +1,4 @@
-"""Qwen 1, Baichuan and ChatGLM: published with code of their own, so beside twins written from papers and file names."""
+"""Qwen 1, Baichuan and ChatGLM: published with code of their own, so beside twins from papers and file names."""
 
 from collections.abc import Callable
 from functools import partial
