@@ -1,30 +1,31 @@
 """Mixture of experts: the forward and backward pass of one block, Hanlin against transformers, on two cores.
 
-Same shape, same weights' distribution, same random tokens and gradient; `.grad` is dropped after each step, as training
-does it. transformers is `Qwen3MoeSparseMoeBlock` (softmax, top-k, renormalised, SwiGLU) at its `experts_implementation`s
-that can run here: `eager` (first turn only: it makes a gradient of all experts for each expert) and `grouped_mm`;
-`batched_mm` copies the weights for each (token, choice), tens of GB at these shapes. bf16 is weights and activations in
+Same shape, same spread of weights, same random tokens and gradient; `.grad` is dropped after each step, as training does.
+transformers is `Qwen3MoeSparseMoeBlock` (softmax, top-k, renormalised, SwiGLU) at those `experts_implementation`s that
+can run here: `eager` (first turn only: it makes a gradient of all experts for each expert) and `grouped_mm`;
+`batched_mm` copies the weights for each (token, choice): tens of GB at these shapes. bf16 is weights and activations in
 bf16. Every run is a process of its own and the sides take turns.
 
 Each library runs as its training loop runs it: Hanlin's `Trainer` keeps freed memory in the heap
-(`core.device.tune_allocator`), a transformers loop does not. Because that helps any library, the sides "tuned" and
-"untuned" show the block alone: transformers with our allocator settings, Hanlin without them.
+(`core.device.tune_allocator`), a transformers loop does not. Most of the gain is that, and it would help any library:
+the sides "tuned" (transformers with our allocator settings) and "untuned" (Hanlin without) show what the block alone does.
 
-FLOPs = 3 (forward, two backward) * 2 * tokens * top_k * 3 * width * hidden. Peak: of memory, over weights and gradients.
+FLOPs = 3 (forward, two backward) * 2 * tokens * top_k * 3 * width * hidden. Peak: memory over weights and gradients.
 
 What the profiles taught (64 experts, top-8, 1024 x 512, 512 tokens):
 - Page faults are the largest single cost after the products: the gradients of the weights are 400 MB of fresh pages a
-  step, which doubles the time of the products that write them (fp32 51 -> 90 ms, bf16 16 -> 51 ms).
-- Gather and sum. A token's k rows are added up by an embedding bag: 0.3-0.6 ms where `y[inverse].view(...).sum(1)` takes
-  1.7-2.2; `index_select` is three times as fast as `x[index]`.
+  step, which doubles the time of the products that write them (fp32 51 -> 90 ms, bf16 16 -> 51 ms). Huge pages (THP)
+  halve that, the allocator's setting removes it.
+- Gather and sum. A token's k rows are added up by an embedding bag: 0.3-0.6 ms where `y[inverse].view(...).sum(1)`
+  takes 1.7-2.2; `index_select` is three times as fast as `x[index]`.
 - The routing weight scales the incoming gradient (n, width), and its own gradient is a row-wise dot with the stored
   output; scaling activations instead costs passes over (n, hidden), which is the wider one in Mixtral.
-- The activation and the sorted rows are made again in the backward pass: cheap, and memory not asked for is no page fault.
-- What is left is 90 % products with 64 rows for each weight matrix, at 60 % (fp32) and 25 % (bf16) of the peak. That is
-  MKL's and oneDNN's: groups padded to multiples of 16 or 32 rows, products with the operands swapped, huge pages and a
-  thread an expert each moved it by less than 10 %.
-What did not pay: a batched product over groups padded to the fullest one (fp32 slower; bf16 equal at 37 % more rows, and
-it grows with imbalance).
+- The activation and the sorted rows are made again in the backward pass: two cheap passes.
+- What is left is 90 % products with 64 rows for each weight matrix, at 60 % (fp32) and 25 % (bf16) of the peak, inside
+  MKL and oneDNN, and transformers makes the same ones.
+What did not pay: groups padded to multiples of 16 or 32 rows; one batched product over groups padded to the fullest (fp32
+slower; bf16 equal at 37 % more rows, and worse with imbalance); operands swapped (bf16 forward a quarter faster, but its
+output lies transposed); huge pages on top of the allocator's setting. One expert a thread would give 4 to 12 %.
 
     python benchmarks/bench_experts.py [--runs 3] [--shape 8 64 64-wide] [--dtype fp32 bf16] [--quick]
 """

@@ -116,6 +116,11 @@ def shifted_prompt(how: dict[str, Any]) -> dict[str, Any]:
     return {"mask": Prefix([n + 1 for n in prefix.lengths]) | Causal()}
 
 
+def late_span(how: dict[str, Any]) -> dict[str, Any]:
+    places, steps = how["positions"]
+    return {"positions": torch.stack([places, (steps - 1).clamp(min=0)])}
+
+
 DEPTH = 3
 MUTANTS: dict[str, tuple[str, Mutate]] = {
     "Qwen 1 without q bias": ("qwen", without_bias("self_attn.q_proj")),
@@ -138,12 +143,7 @@ MUTANTS: dict[str, tuple[str, Mutate]] = {
     "ChatGLM, a causal prompt": ("chatglm-6b", asked_with(lambda how: {"mask": None})),
     "ChatGLM, <bos> in the prompt": ("chatglm-6b", asked_with(shifted_prompt)),
     "ChatGLM, axes swapped": ("chatglm-6b", asked_with(lambda how: {"positions": how["positions"].flip(0)})),
-    "ChatGLM, span a step late": (
-        "chatglm-6b",
-        asked_with(
-            lambda how: {"positions": torch.stack([how["positions"][0], (how["positions"][1] - 1).clamp(min=0)])}
-        ),
-    ),
+    "ChatGLM, span a step late": ("chatglm-6b", asked_with(late_span)),
     "ChatGLM, exact frequencies": ("chatglm-6b", positions_with(half=False)),
     "ChatGLM, residual not scaled": ("chatglm-6b", layers_with(residual_scale=1.0)),
     "ChatGLM, residual of the depth": ("chatglm-6b", layers_with(residual_scale=DEPTH**0.5)),

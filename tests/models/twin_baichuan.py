@@ -1,4 +1,4 @@
-"""Baichuan 7B (rotary) and 13B (ALiBi, arXiv:2108.12409) from their published names and keys: Llama's layer, `W_pack`."""
+"""Baichuan 7B (rotary) and 13B (ALiBi, arXiv:2108.12409): Llama's layer with `W_pack`, by published names and keys."""
 
 import math
 from typing import Any
@@ -13,7 +13,8 @@ SHARED: dict[str, Any] = {
     "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "use_cache": True, "vocab_size": 131,
 }  # fmt: skip
 SEVEN = SHARED | {
-    "architectures": ["BaiChuanForCausalLM"], "hidden_size": 48, "num_attention_heads": 4, "max_position_embeddings": 64,
+    "architectures": ["BaiChuanForCausalLM"],
+    "hidden_size": 48, "num_attention_heads": 4, "max_position_embeddings": 64,
 }  # fmt: skip
 THIRTEEN = SHARED | {
     "architectures": ["BaichuanForCausalLM"], "_from_model_config": True, "gradient_checkpointing": False,

@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
         ],
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="show|diff|new")
-    show = verbs.add_parser("show", help="family, parameters by part, layers, memory by precision, bytes and FLOPs a token")
+    show = verbs.add_parser("show", help="family, layers, parameters by part, memory by precision, bytes and FLOPs")
     show.add_argument("folder", metavar="DIR", help="model folder, or a config.json")
     show.add_argument("--length", type=int, metavar="N", help="sequence length for the FLOPs (default: the longest)")
     show.add_argument("--json", action="store_true", help="one JSON object instead of a table")

@@ -182,7 +182,8 @@ class _Step:
         store.view(-1, dim).index_copy_(0, self._places[kv_heads], new.reshape(-1, dim))
 
     def _window(self, mask: Mask) -> int | None:
-        """How many keys a mask that is nothing but a causal window shows, 0 for all of them; None: it is another mask."""
+        """How many keys a mask that is nothing but a causal window shows, 0 for all of them; None: it is another
+        mask."""
         if mask not in self._windows:
             size = reach(mask)
             window = 0 if mask == Causal() else size

@@ -1,12 +1,13 @@
 """What a model costs, from its config alone: parameters, FLOPs and cache, part by part, without building it.
 
-A product of (m, k) by (k, n) is 2 m k n FLOPs. Backward has two products for each one forward, so a training step is three
-times the forward pass. Counted are products only; norms, softmax and activations are a few percent of them at most.
+A product of (m, k) by (k, n) is 2 m k n FLOPs. Backward has two products for each one forward, so a training step is
+three times the forward pass. Counted are products only; norms, softmax and activations are a few percent of them at
+most.
 
     scores    2 * (width of a key + width of a value) * heads    for each pair of a query and a key that it sees
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -16,7 +17,6 @@ import torch
 from hanlin.models.config import (
     AttentionConfig,
     BucketPosition,
-    ExpertsConfig,
     FeedForwardConfig,
     LatentAttentionConfig,
     LayerConfig,
@@ -64,7 +64,8 @@ class Flops:
 
 @dataclass(frozen=True)
 class Product:
-    """A matrix (out, into), and how many of its kind there are and take part in one token; vectors: bias and the like."""
+    """A matrix (out, into), and how many of its kind there are and take part in one token; vectors: bias and the
+    like."""
 
     part: str
     into: int
@@ -103,12 +104,13 @@ def count_flops(
     pairs "seen": of queries and keys, those that the masks show; "all": the whole matrix, as kernels without blocks
     compute it.
     """
-    parts: Counter[str] = Counter()
+    parts: dict[str, float] = defaultdict(float)
     read = length if source is None else source
     for stack, tokens in ((config.layers, length), (config.encoder, read)):
         for layer in stack:
             for p in layer_products(config, layer):
-                reads = read if p.part == "cross-attention" and p.copies == 2 else tokens  # keys and values of the source
+                of_source = p.part == "cross-attention" and p.copies == 2  # keys and values
+                reads = read if of_source else tokens
                 parts[p.part] += 2.0 * batch * reads * p.active * p.into * p.out
             heads, key, value = _widths(layer.attention)
             seen = tokens * tokens if pairs == "all" else visible_pairs(layer.attention.mask, tokens)
@@ -217,7 +219,7 @@ def _layer_vectors(config: ModelConfig, layer: LayerConfig) -> dict[str, int]:
         found["attention"] += a.heads * a.sinks
     elif isinstance(a, LatentAttentionConfig):
         found["norms"] += a.kv_rank + (a.q_rank or 0)
-    else:  # the projection of distances, whose product does not grow with the batch, three biases and two segment vectors
+    else:  # the projection of distances, three biases, two segment vectors
         H = a.heads * a.head_dim
         found["attention"] += config.width * H + 5 * H
     return found

@@ -1,7 +1,7 @@
 """A balanced config of a wanted size: depth and width that fit each other, in the proportions of a family.
 
-Width per layer grows slowly with size (SmolLM 135M: 19, Qwen3 0.6B: 36, Llama 3 8B: 128); the search takes the pair nearest to
-the wanted number of parameters, and among near ones the best proportioned.
+Width per layer grows slowly with size (SmolLM 135M: 19, Qwen3 0.6B: 36, Llama 3 8B: 128); the search takes the pair
+nearest to the wanted number of parameters, and among near ones the best proportioned.
 """
 
 import math

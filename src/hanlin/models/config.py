@@ -41,6 +41,7 @@ class BlockRopePosition:
     half: bool = False
 
 
+ROTARY, INTERLEAVED = Rope(), Rope(interleaved=True)
 Position = Rope | AlibiPosition | BucketPosition | BlockRopePosition
 
 
@@ -79,7 +80,7 @@ class AttentionConfig:
     chunk: int | None = None
     bidirectional: bool = False
     pattern: Mask | None = None
-    position: Position | None = Rope()
+    position: Position | None = ROTARY
     scale: float | None = None
     softcap: float | None = None
     sinks: bool = False
@@ -119,7 +120,7 @@ class LatentAttentionConfig:
     value_dim: int
     q_rank: int | None = None
     bias: bool = False
-    position: Rope = Rope(interleaved=True)
+    position: Rope = INTERLEAVED
     scale: float | None = None
 
     window = None
@@ -196,8 +197,8 @@ class LayerConfig:
         post      norm(x + f(x))                  the original Transformer, BERT, BART
         sandwich  x + norm(f(norm(x)))            Gemma 2, GLM-4
 
-    residual_scale multiplies the x of the sum (DeepNorm, arXiv:2203.00555); residual_from_norm puts norm(x) in the place
-    of x (ChatGLM-6B).
+    residual_scale multiplies the x of the sum (DeepNorm, arXiv:2203.00555); residual_from_norm puts norm(x) in the
+    place of x (ChatGLM-6B).
     """
 
     attention: Mixer
@@ -210,8 +211,8 @@ class LayerConfig:
 
 @dataclass(frozen=True)
 class EmbeddingConfig:
-    """positions: a table added to the tokens, learnt or sinusoidal (its rows start at `offset`); sinusoid: how sines and
-    cosines stand in a row. segments: kinds of segment; norm: after the sum; scale: of the token vectors."""
+    """positions: a table added to the tokens, learnt or sinusoidal (its rows start at `offset`); sinusoid: how sines
+    and cosines stand in a row. segments: kinds of segment; norm: after the sum; scale: of the token vectors."""
 
     positions: Literal["learned", "sinusoidal"] | None = None
     offset: int = 0
@@ -247,9 +248,9 @@ class NormConfig:
 class ModelConfig:
     """A decoder, an encoder (layers that look both ways, a head or none), or both (`encoder` beside `layers`).
 
-    `family` names the table by which it is saved (`models.families`); `extra` holds the keys of `config.json` that change
-    no number (token ids, version notes), so that saving gives back what was loaded. head None: the model ends at `hidden`.
-    predict_ahead: modules of multi-token prediction behind the last layer.
+    `family` names the table by which it is saved (`models.families`); `extra` holds the keys of `config.json` that
+    change no number (token ids, version notes), so that saving gives back what was loaded. head None: the model ends at
+    `hidden`. predict_ahead: modules of multi-token prediction behind the last layer.
     """
 
     family: str
@@ -295,7 +296,7 @@ class ModelConfig:
         """A config of `depth` equal layers. rope_theta: the base of the attention's rotary positions."""
         if rope_theta is not None:
             if not isinstance(attention.position, Rope):
-                raise HanlinError(f"rope_theta is {rope_theta}, but the positions are {attention.position}, not rotary.")
+                raise HanlinError(f"rope_theta is {rope_theta}, but positions are {attention.position}, not rotary.")
             attention = replace(attention, position=replace(attention.position, theta=rope_theta))
         return cls(family=family, layers=(LayerConfig(attention, feed_forward),) * depth, **rest)
 

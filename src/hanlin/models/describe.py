@@ -74,7 +74,8 @@ def layer_groups(layers: tuple[LayerConfig, ...]) -> Iterator[tuple[str, dict[st
 
 
 def differences(a: ModelConfig, b: ModelConfig) -> list[tuple[str, str, str]]:
-    """(what, words of a, words of b) wherever two models differ; layers by their number where they differ one by one."""
+    """(what, words of a, words of b) wherever two models differ; layers by their number where they differ one by
+    one."""
     found = [
         (name, x, y)
         for name, x, y in _side_by_side(describe_model(a), describe_model(b))
@@ -131,7 +132,8 @@ def position_words(a: Mixer) -> str:
     """How a score knows the distance."""
     p = a.position
     if isinstance(p, Rope):
-        words = [f"rotary, base {p.theta:,.0f}", "interleaved" if p.interleaved else "", f"{p.dim} turn" if p.dim else ""]
+        words = [f"rotary, base {p.theta:,.0f}"]
+        words += ["interleaved" if p.interleaved else "", f"{p.dim} turn" if p.dim else ""]
         if p.scaling is not None:
             set_ = [f"{f.name} {getattr(p.scaling, f.name)}" for f in fields(p.scaling) if f.name == "factor"]
             words.append(" ".join([type(p.scaling).__name__, *set_]))

@@ -15,8 +15,10 @@ from hanlin.core.errors import HanlinError
 from hanlin.core.files import read_json, write_json
 from hanlin.models.config import ModelConfig
 from hanlin.models.families import Family, family_of, find_family
+from hanlin.models.families.stored_heads import heads_in, heads_of
 from hanlin.models.families.weights import Bound
 from hanlin.models.formats.safetensors import FLOATS, WeightReader, find_weights, read_shapes, write_weights
+from hanlin.models.heads_file import attach_heads, attached_heads, load_heads, save_heads
 from hanlin.models.transformer import Transformer
 from hanlin.nn.linear import PackedLinear
 
@@ -44,7 +46,8 @@ def load_model(
     """The model in `path`, in evaluation mode. dtype "auto": as saved (what `config.json` says, else that of the stored
     weights). device "auto": CUDA if there is one, else CPU.
 
-    A missing, superfluous or wrongly shaped weight is a `HanlinError` with its name.
+    Heads that were saved with it (`nn.heads`) are its children again. A missing, superfluous or wrongly shaped weight is a
+    `HanlinError` with its name.
     """
     folder, json = _read_config(path)
     config = load_config(folder)
@@ -52,12 +55,16 @@ def load_model(
     held = _weights_of(family, config, folder)
     if dtype == "auto":
         dtype = _saved_dtype(json, held, folder)
+    bare = bool(family.prefix) and not any(name.startswith(family.prefix) for name in held)
+    prefix = family.prefix if bare else ""
     with torch.device("meta"):  # nothing is drawn at random only to be overwritten
         model = Transformer(config)
-    bare = bool(family.prefix) and not any(name.startswith(family.prefix) for name in held)
-    bound = family.bind(config, _shapes(_stored(model)), bare=bare)
+        for head in heads_in(family.heads, held, prefix):
+            model.add_module(head.name, head.make(config.width))
+    bound = family.as_stored(family.bind(config, _shapes(_stored(model)), bare=bare), held)
     extra = _check_shapes(model, family, bound, held, folder)
     _fill(model, bound, held, extra, folder, dtype, choose_device(str(device)))
+    attach_heads(model, {name: head.to(model.device, dtype) for name, head in load_heads(folder).items()})
     return model.eval()
 
 
@@ -73,18 +80,25 @@ def save_model(model: Transformer, path: str | os.PathLike[str], *, shard_bytes:
     this order, so that a new folder counts as a model (has a `config.json`) only when it is whole.
 
     Weights keep their dtype; tied ones are stored once. More than `shard_bytes` become several files with an index.
+    Heads that are children of the model (`nn.heads`) go where the family's files have them, else into a file beside.
     A config that its family cannot express (`ModelConfig.family`) is a `HanlinError` before anything is written.
     """
     folder, config = _folder_to_write(path), model.config
     family = find_family(config.family, "The model's family (`ModelConfig.family`)")
     json = family.write(config)
-    tensors = _stored(model)
+    inside, apart = heads_of(family.heads, model), attached_heads(model)
+    for head in inside:
+        del apart[head.name]
+        if head.architecture is not None and model.lm_head is not None:
+            json["architectures"] = [head.architecture]
+    tensors = _stored(model, without=tuple(apart))
     weights: dict[str, Tensor] = {}
     for row in family.bind(config, _shapes(tensors)):
         made = row.rule.to_theirs([tensors[name] for name in row.ours], config)
         weights |= zip(row.theirs, made, strict=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_weights(weights, folder, shard_bytes=shard_bytes)
+    save_heads(apart, folder)
     _write_config(json, config, folder, model.model.embed_tokens.weight.dtype)
 
 
@@ -130,9 +144,12 @@ def _read_config(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     return folder, json
 
 
-def _stored(model: Transformer) -> dict[str, Tensor]:
-    """Our name -> tensor of everything a file holds: tied weights once, under the embedding's name."""
+def _stored(model: Transformer, *, without: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """Our name -> tensor of everything a file holds: tied weights once, under the embedding's name; of the children
+    `without` nothing."""
     tensors = model.state_dict()
+    for name in without:
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(f"{name}.")}
     if model.config.tied_embeddings:
         tensors.pop(HEAD, None)
     return tensors

@@ -57,7 +57,6 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
         """x (rows, T, width) -> like x."""
-        a = self.config.attention
         h = x if self.input_layernorm is None else self.input_layernorm(x)
         y = self._mix(h, shared)
         pre = self.config.norms == "pre"
@@ -110,7 +109,8 @@ class Stack(nn.Module):
             self.embed_tokens = nn.Embedding(config.vocab_size, width)
         self.embed_positions: nn.Module | None = None
         relative = any(isinstance(layer.attention, RelativeAttentionConfig) for layer in layers)
-        self.query_embed = nn.Parameter(torch.zeros(1, 1, width)) if relative else None  # where the second stream begins
+        # where the second stream begins
+        self.query_embed = nn.Parameter(torch.zeros(1, 1, width)) if relative else None
         if e.positions == "learned":
             self.embed_positions = LearnedPositions(config.max_positions, width, offset=e.offset)
         elif e.positions == "sinusoidal":
@@ -129,8 +129,8 @@ class Stack(nn.Module):
         if self.scale is not None:
             x = x * torch.tensor(self.scale, dtype=x.dtype)
         if self.embed_segments is not None:
-            segments = shared.segments if shared.segments is not None else torch.zeros_like(x[..., 0], dtype=torch.int64)
-            x = x + self.embed_segments(segments).to(x.dtype)
+            first = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)
+            x = x + self.embed_segments(first if shared.segments is None else shared.segments).to(x.dtype)
         if self.embed_positions is not None:
             x = x + self.embed_positions(shared.positions).to(x.dtype)
         if self.embed_norm is not None:

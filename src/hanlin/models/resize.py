@@ -1,8 +1,8 @@
 """More or fewer tokens: the rows of the embedding, of the head and of its bias, together.
 
-A new row may begin as the mean of the pieces that the old tokenizer made of the new token (WECHSEL-style overlap of its own
-text, arXiv:2112.06598; for Chinese vocabularies arXiv:2304.08177), as the mean of all rows (Hewitt 2021, "Initializing new
-word embeddings for pretrained language models"), or as a copy of a given row.
+A new row may begin as the mean of the pieces that the old tokenizer made of the new token (WECHSEL-style overlap of its
+own text, arXiv:2112.06598; for Chinese vocabularies arXiv:2304.08177), as the mean of all rows (Hewitt 2021,
+"Initializing new word embeddings for pretrained language models"), or as a copy of a given row.
 """
 
 from collections.abc import Sequence
@@ -21,9 +21,9 @@ def resize_token_embeddings(
 ) -> None:
     """Give `model`, in place, a vocabulary of `size` tokens.
 
-    pieces: for each new token the old ids whose rows it begins as the mean of; copy: for each new token the old id whose
-    row it copies; neither: the mean of all old rows, in fp32. Fewer tokens cut the last rows off. A tied head stays tied.
-    The parameters are new ones: make an optimiser afterwards.
+    pieces: for each new token the old ids whose rows it begins as the mean of; copy: for each new token the old id
+    whose row it copies; neither: the mean of all old rows, in fp32. Fewer tokens cut the last rows off. A tied head
+    stays tied. The parameters are new ones: make an optimiser afterwards.
     """
     old = model.config.vocab_size
     if size < 1:

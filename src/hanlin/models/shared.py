@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hanlin.models.config import AttentionConfig, BlockRopePosition, LatentAttentionConfig, Mixer
+from hanlin.models.config import BlockRopePosition, LatentAttentionConfig, Mixer
 from hanlin.nn.attention import Cache, PositionBias
 from hanlin.nn.mask_lowering import Lowered, lower
 from hanlin.nn.masks import Bidirectional, Causal, Mask
@@ -20,8 +20,8 @@ Tables = tuple[Tensor, Tensor]
 
 @dataclass
 class Shared:
-    """positions (rows or 1, T), or (2, rows, T) for `BlockRopePosition`; mask: the caller's, or None for the layer's own;
-    cache: one step of it; source (rows, S, width): what an encoder read; reads: which of it counts (None: all);
+    """positions (rows or 1, T), or (2, rows, T) for `BlockRopePosition`; mask: the caller's, or None for the layer's
+    own; cache: one step of it; source (rows, S, width): what an encoder read; reads: which of it counts (None: all);
     segments (rows, T); routing: filled by layers with experts; longest: positions the model was made for.
     """
 
@@ -48,7 +48,9 @@ class Shared:
     def distances(self, width: int) -> Tensor:
         """The sinusoids of all distances between two tokens of a row (`nn.relative_attention`)."""
         length, dtype, device = self.length, self.dtype, self.positions.device
-        return self._once(("distances", width), lambda: distance_table(length, length, width, dtype=dtype, device=device))
+        return self._once(
+            ("distances", width), lambda: distance_table(length, length, width, dtype=dtype, device=device)
+        )
 
     def lowered(self, attention: Mixer, bias: PositionBias | None) -> Lowered | Mask | None:
         """This layer's mask as the kernel wants it, its position bias added. With a cache, which lowers masks itself:

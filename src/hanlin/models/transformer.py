@@ -19,11 +19,16 @@ from hanlin.models.layer import Layer, Stack, build_model_norm
 from hanlin.models.shared import Shared
 from hanlin.nn.activations import activation
 from hanlin.nn.attention import Cache
+from hanlin.nn.experts import Experts
 from hanlin.nn.linear import Linear
 from hanlin.nn.mask_lowering import Lowered, lower, sees_itself
 from hanlin.nn.masks import Mask
 from hanlin.nn.multi_token import MultiTokenPrediction
-from hanlin.nn.routing import Routing
+from hanlin.nn.relative_attention import RelativeAttention
+from hanlin.nn.routing import Router, Routing
+
+
+OWN_INIT = (Router, Experts, RelativeAttention)
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,8 @@ class Transformer(nn.Module):
             depth = len(config.layers)
             self.ahead = MultiTokenPrediction(
                 config.predict_ahead, config.width,
-                layer=lambda k: Layer(config, config.layers[-1], depth + k, None), norm=partial(build_model_norm, config),
+                layer=lambda k: Layer(config, config.layers[-1], depth + k, None),
+                norm=partial(build_model_norm, config),
             )  # fmt: skip
         self.lm_head = None if head is None else Linear(config.width, config.vocab_size, bias=head.bias)
         self.compute_dtype: torch.dtype | None = None
@@ -84,7 +90,7 @@ class Transformer(nn.Module):
                 module.weight.normal_(0.0, self.config.init_std)
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     module.bias.zero_()
-            elif hasattr(module, "init_weights"):  # parameters that are no layer of their own: experts, routers
+            elif isinstance(module, OWN_INIT):  # parameters that are no layer of their own
                 module.init_weights(self.config.init_std)
 
     @property
@@ -147,8 +153,8 @@ class Transformer(nn.Module):
         if cache is not None and mask is not None:
             _check_cached_mask(self.config, mask)
         if (source is None) != (self.encoder is None):
-            found = "needs `source`, what `encode` returns" if source is None else "has no encoder that could give `source`"
-            raise ValueError(f"This model {found}.")
+            needs = "needs `source`, what `encode` returns" if source is None else "has no encoder to give `source`"
+            raise ValueError(f"This model {needs}.")
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None] if cache is None else cache.positions
         reads: Lowered | None = None
@@ -166,8 +172,9 @@ class Transformer(nn.Module):
     def look_ahead(
         self, hidden: Tensor, ids: Tensor, *, positions: Tensor | None = None, mask: Mask | None = None
     ) -> list[Tensor]:
-        """Multi-token prediction (`ModelConfig.predict_ahead`): hidden (rows, T, width) and the ids they were made from ->
-        a hidden state for each further token, `nn.multi_token.losses_ahead` takes them. positions, mask: as `forward`."""
+        """Multi-token prediction (`ModelConfig.predict_ahead`): hidden (rows, T, width) and the ids they were made from
+        -> a hidden state for each further token, `nn.multi_token.losses_ahead` takes them. positions, mask: as
+        `forward`."""
         if self.ahead is None:
             raise ValueError("This model predicts one token only; make it with `predict_ahead`.")
         if positions is None:
@@ -186,7 +193,8 @@ class Transformer(nn.Module):
             raise ValueError("This model has no encoder beside its decoder; call the model itself.")
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        return self.encoder(self._embed(ids), Shared(positions, ids.shape[1], self.dtype, self.config.max_positions, mask))
+        shared = Shared(positions, ids.shape[1], self.dtype, self.config.max_positions, mask)
+        return self.encoder(self._embed(ids), shared)
 
     def _head(self) -> Linear:
         if self.lm_head is None:

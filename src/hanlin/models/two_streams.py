@@ -6,6 +6,8 @@
 Only h is needed after pretraining, so the Transformer itself runs that stream; here both go through the same layers.
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +17,9 @@ from hanlin.models.config import RelativeAttentionConfig
 from hanlin.models.layer import Layer
 from hanlin.models.shared import Shared
 from hanlin.models.transformer import Transformer
-from hanlin.nn.masks import Mask, lower
+from hanlin.nn.mask_lowering import lower
+from hanlin.nn.masks import Mask
+from hanlin.nn.relative_attention import RelativeAttention
 
 
 def two_streams(
@@ -45,7 +49,8 @@ def two_streams(
     query = start.to(dtype).expand(len(ids), length if at is None else at.shape[1], -1)
     for layer in model.model.layers:
         assert isinstance(layer, Layer)
+        mixer = cast(RelativeAttention, layer.self_attn)
         distances = shared.distances(content.shape[-1])
-        h, g = layer.self_attn.two_streams(content, query, distances, sees, asks, segments=segments, at=at)
+        h, g = mixer.two_streams(content, query, distances, sees, asks, segments=segments, at=at)
         content, query = layer.after_mixing(content, h), layer.after_mixing(query, g)
     return content, query

@@ -2,9 +2,10 @@
 
     softmax(softcap(scale * q k^T) + bias + mask) v      per head; `heads / kv_heads` query heads share one key head
 
-What differs between models is said by values: `Scores` (scale, mask, soft-cap, sinks, position bias), rotary tables, norms
-of queries and keys. With a cache the keys and values of this step are handed to it and *it* attends (`Cache.attend`), so
-that a contiguous, a paged or a tiered cache can each read its own layout. Without a cache it is `attend`.
+What differs between models is said by values: `Scores` (scale, mask, soft-cap, sinks, position bias), rotary tables,
+norms of queries and keys. With a cache the keys and values of this step are handed to it and *it* attends
+(`Cache.attend`), so that a contiguous, a paged or a tiered cache can each read its own layout. Without a cache it is
+`attend`.
 """
 
 from collections.abc import Callable
@@ -28,8 +29,9 @@ Tables = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """How a query scores a key. scale: of q k^T; softcap c: c * tanh(s / c) (Gemma 2, arXiv:2408.00118); sinks (heads,):
-    a logit that joins the softmax and gives nothing (gpt-oss; arXiv:2309.17453); bias: of positions, added after."""
+    """How a query scores a key. scale: of q k^T; softcap c: c * tanh(s / c) (Gemma 2, arXiv:2408.00118); sinks
+    (heads,): a logit that joins the softmax and gives nothing (gpt-oss; arXiv:2309.17453); bias: of positions, added
+    after."""
 
     scale: float
     mask: Mask
@@ -66,8 +68,9 @@ class Cache(Protocol):
 class Attention(PackedLinear):
     """Self-attention of one layer. The named projections keep the Hugging Face names and share one buffer.
 
-    qk_norm: makes the norm of a head's width that queries and keys get before they turn; l2_norm: the epsilon of one without
-    a weight, after (Llama 4). bias: the layer's position bias. query_scale: a factor for each query by its position.
+    qk_norm: makes the norm of a head's width that queries and keys get before they turn; l2_norm: the epsilon of one
+    without a weight, after (Llama 4). bias: the layer's position bias. query_scale: a factor for each query by its
+    position.
     """
 
     packed = ("q_proj", "k_proj", "v_proj")
@@ -129,7 +132,8 @@ class Attention(PackedLinear):
         if self.l2_norm is not None:
             q, k = _unit(q, self.l2_norm), _unit(k, self.l2_norm)
         if self.query_scale is not None and positions is not None:
-            q = q * self.query_scale(positions).to(q.dtype)[:, :, None, None]
+            exact = positions.to(q.dtype) if q.dtype == torch.float64 else positions  # a model in fp64 is fp64 throughout
+            q = q * self.query_scale(exact).to(q.dtype)[:, :, None, None]
         scores = self.scores if self.sinks is None else replace(self.scores, sinks=self.sinks)
         if cache is not None:
             if isinstance(mask, Mask):
@@ -213,7 +217,8 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: f
     """Few queries over many keys: the query heads of one key head stand as rows of one matrix, so that each key is read
     once and not once a query head (one token, 12 over 4 heads, 192 keys, bf16: 24 us against SDPA's grouped 116 us).
 
-    q (rows, T, heads, D), k and v (rows, kv_heads, L, ...), bias (rows or 1, T, L) or None -> (rows, T, heads, width of v).
+    q (rows, T, heads, D), k and v (rows, kv_heads, L, ...), bias (rows or 1, T, L) or None -> (rows, T, heads, width of
+    v).
     """
     rows, length, heads, D = q.shape
     K, G = k.shape[1], q.shape[2] // k.shape[1]

@@ -26,8 +26,8 @@ def worth_it(q: Tensor) -> bool:
 def block_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, *, causal: bool) -> Tensor:
     """q (rows, heads, T, D), k and v (rows, kv_heads, T, D) -> (rows, heads, T, D).
 
-    v may be of another width, which is then the result's. bias: added to the scaled scores, (rows or 1, heads or 1, T, T),
-    or None; no gradient flows to it. causal: no query sees a later key; with a bias, the
+    v may be of another width, which is then the result's. bias: added to the scaled scores, (rows or 1, heads or 1, T,
+    T), or None; no gradient flows to it. causal: no query sees a later key; with a bias, the
     bias must say so too (it is then used to skip work only).
     """
     rows, heads, length, width = q.shape

@@ -227,18 +227,16 @@ class _Experts(torch.autograd.Function):
         del grad, grad_a, a
         if need_first_bias:
             grad_first_bias = _sum_by_expert(grad_h, plan)
-        if need_first or ctx.scale_input:
+        if need_first:
             rows = x.index_select(0, plan.token)
-        if need_x or ctx.scale_input:
+            grad_first = grouped_outer(grad_h, rows.mul_(weight) if ctx.scale_input else rows, plan.offsets)
+            del rows
+        if need_x or (need_weights and ctx.scale_input):
             grad_rows = grouped_product(grad_h, first, plan.offsets)  # (n, width)
             if ctx.scale_input:
-                grad_weight = torch.linalg.vecdot(grad_rows, rows)
+                grad_weight = torch.linalg.vecdot(grad_rows, x.index_select(0, plan.token))
                 grad_rows.mul_(weight)
-                rows.mul_(weight)
             grad_x = plan.combine(grad_rows)
-            del grad_rows
-        if need_first:
-            grad_first = grouped_outer(grad_h, rows, plan.offsets)
         if grad_weight is not None:
             grad_weight = grad_weight[plan.slot]  # (tokens, k)
             if plan.kept is not None:

@@ -6,21 +6,35 @@ from typing import Any
 
 from hanlin.core.errors import HanlinError
 from hanlin.models.families.baichuan import BAICHUAN, BAICHUAN_13B
+from hanlin.models.families.bart import BART
+from hanlin.models.families.bert import BERT
 from hanlin.models.families.bloom import BLOOM
 from hanlin.models.families.chatglm import CHATGLM
 from hanlin.models.families.chatglm2 import CHATGLM2
+from hanlin.models.families.deepseek import DEEPSEEK
+from hanlin.models.families.deepseek_v2 import DEEPSEEK_V2
+from hanlin.models.families.deepseek_v3 import DEEPSEEK_V3
 from hanlin.models.families.family import Family
 from hanlin.models.families.gemma2 import GEMMA2
 from hanlin.models.families.gemma3 import GEMMA3
 from hanlin.models.families.glm4 import GLM, GLM4
 from hanlin.models.families.gpt1 import GPT1
 from hanlin.models.families.gpt2 import GPT2, GPT3
+from hanlin.models.families.gpt_oss import GPT_OSS
 from hanlin.models.families.llama import LLAMA
+from hanlin.models.families.llama4 import LLAMA4
+from hanlin.models.families.marian import MARIAN
 from hanlin.models.families.mistral import MISTRAL
+from hanlin.models.families.mixtral import MIXTRAL
 from hanlin.models.families.phi3 import PHI3
 from hanlin.models.families.qwen import QWEN
 from hanlin.models.families.qwen2 import QWEN2
 from hanlin.models.families.qwen3 import QWEN3
+from hanlin.models.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
+from hanlin.models.families.roberta import ROBERTA
+from hanlin.models.families.switch_transformers import SWITCH_TRANSFORMERS
+from hanlin.models.families.t5 import T5, T5_V11
+from hanlin.models.families.xlnet import XLNET
 
 __all__ = ["FAMILIES", "Family", "family_of", "find_family"]
 
@@ -43,6 +57,22 @@ _ALL = (
     BAICHUAN_13B,
     CHATGLM,
     CHATGLM2,
+    BERT,
+    ROBERTA,
+    XLNET,
+    MIXTRAL,
+    QWEN2_MOE,
+    QWEN3_MOE,
+    DEEPSEEK,
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+    LLAMA4,
+    GPT_OSS,
+    T5,
+    T5_V11,
+    SWITCH_TRANSFORMERS,
+    BART,
+    MARIAN,
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 

@@ -1,5 +1,5 @@
-"""BLOOM (arXiv:2211.05100): ALiBi in the place of positions, a layer norm behind the embedding, biases everywhere, q, k and v
-of each head side by side in one matrix, GELU in its tanh form."""
+"""BLOOM (arXiv:2211.05100): ALiBi in the place of positions, a layer norm behind the embedding, biases everywhere, q, k
+and v of each head side by side in one matrix, GELU in its tanh form."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,7 +22,13 @@ def say_length(config: ModelConfig) -> dict[str, Any]:
     return {"seq_length": config.max_positions}
 
 
+_NOTES = """
+    slow_but_exact hidden_dropout masked_softmax_fusion bias_dropout_fusion offset_alibi skip_bias_add skip_bias_add_qkv
+    attention_softmax_in_fp32 unk_token_id n_inner
+"""
+NOTES = frozenset(_NOTES.split())
 THEIRS = "transformer.h.{}."
+FUSED = THEIRS + "self_attention.query_key_value"
 BLOOM = Family(
     name="bloom",
     architecture="BloomForCausalLM",
@@ -48,15 +54,14 @@ BLOOM = Family(
         "embedding.norm": True,
     },
     hooked=frozenset({"seq_length"}),
-    harmless=frozenset({"slow_but_exact", "hidden_dropout", "masked_softmax_fusion", "bias_dropout_fusion", "offset_alibi",
-                        "skip_bias_add", "skip_bias_add_qkv", "attention_softmax_in_fp32", "unk_token_id", "n_inner"}),
+    harmless=NOTES,
     absent={"bos_token_id": 1, "eos_token_id": 2},
     rotary=False,
     finish=fill,
     describe=say_length,
     weights=(
-        interleaved(THEIRS + "self_attention.query_key_value.weight", (f"{QKV[0]}.weight", f"{QKV[1]}.weight", f"{QKV[2]}.weight")),
-        interleaved(THEIRS + "self_attention.query_key_value.bias", (f"{QKV[0]}.bias", f"{QKV[1]}.bias", f"{QKV[2]}.bias")),
+        interleaved(FUSED + ".weight", (f"{QKV[0]}.weight", f"{QKV[1]}.weight", f"{QKV[2]}.weight")),
+        interleaved(FUSED + ".bias", (f"{QKV[0]}.bias", f"{QKV[1]}.bias", f"{QKV[2]}.bias")),
         *biased(THEIRS + "self_attention.dense", BLOCK + "self_attn.o_proj"),
         *biased(THEIRS + "mlp.dense_h_to_4h", BLOCK + "mlp.up_proj"),
         *biased(THEIRS + "mlp.dense_4h_to_h", BLOCK + "mlp.down_proj"),

@@ -4,10 +4,11 @@ Every key of a `config.json` acts (`settings`, positions, windows), is known to 
 the one value that this Transformer computes (`fixed`), or is refused by name. Nothing is ignored in silence. What is
 written is read again and compared before it counts: a model that its family cannot express is refused too.
 
-    config.json --settings--> values {"attention.heads": 8, ...} --finish--> ModelConfig of equal layers --shape--> ModelConfig
+    config.json --settings--> values {"attention.heads": 8, ...} --finish--> ModelConfig of equal layers --shape-->
+    ModelConfig
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,10 @@ from hanlin.models.families.keys import (
     read_setting,
     write_rope,
 )
+from hanlin.models.families.stored_heads import StoredHead
 from hanlin.models.families.values import assemble, flatten, plain_values
 from hanlin.models.families.weights import Bound, Rule, bind, match, renamed
-from hanlin.models.families.windows import Windows
+from hanlin.models.families.windows import NO_WINDOWS, Windows
 
 Values = dict[str, Any]  # dotted name of a field -> value
 
@@ -35,22 +37,25 @@ Values = dict[str, Any]  # dotted name of a field -> value
 @dataclass(frozen=True)
 class Family:
     """name: unique, and the `model_type` of the files unless that is given too, since two layouts may share one; then
-    claims(json) says whether a `config.json` is of this one. architecture: the class with the language-model head, `also`
-    what else files call it, and `bare` the class without a head.
+    claims(json) says whether a `config.json` is of this one. architecture: the class with the language-model head,
+    `also` what else files call it, and `bare` the class without a head.
 
-    settings: keys that this family reads, beside those of `common` or instead of them (None takes one away). always: our
-    fields that hold for every model of the family. fixed: keys with the one value that is computed, instead of those of
-    `FIXED`. harmless: more keys that change no number; hooked: keys that the hooks below read and write. absent: token ids that transformers assumes where the file names
-    none. windows: how `sliding_window` is said, see `Windows`. rotary: whether the layers have rotary positions, which
-    `rope_parameters` describes. whole_heads: whether transformers loads only models whose width divides among the heads.
+    settings: keys that this family reads, beside those of `common` or instead of them (None takes one away). always:
+    our fields that hold for every model of the family. fixed: keys with the one value that is computed, instead of
+    those of `FIXED`. harmless: more keys that change no number; hooked: keys that the hooks below read and write.
+    absent: token ids that transformers assumes where the file names none. windows: how `sliding_window` is said, see
+    `Windows`. rotary: whether the layers have rotary positions, which `rope_parameters` describes. whole_heads: whether
+    transformers loads only models whose width divides among the heads.
 
-    finish(values, json): fills in values that follow from others. shape(config, json): turns a config of equal layers into
-    one whose layers differ or that has an encoder. describe(config): the keys of `config.json` that say so.
+    finish(values, json): fills in values that follow from others. shape(config, json): turns a config of equal layers
+    into one whose layers differ or that has an encoder. describe(config): the keys of `config.json` that say so.
 
-    weights: (their name, our name) pairs and `Rule`s, see `models.families.weights`. alias(our name, config): the name by
-    which `weights` speaks of a weight that stands among the layers there and elsewhere here. skipped: weights that files may hold
-    and that are computed here or stand elsewhere too. prefix: of the names of all weights but the head's, which a file of a model without a head
-    leaves off (and some old files of one with a head).
+    weights: (their name, our name) pairs and `Rule`s, see `models.families.weights`. alias(our name, config): the name
+    by which `weights` speaks of a weight that stands among the layers there and elsewhere here. skipped: weights that
+    files may hold and that are computed here or stand elsewhere too. prefix: of the names of all weights but the
+    head's, which a file of a model without a head leaves off (and some old files of one with a head). heads: what files
+    may hold beside the language model, see `models.families.stored_heads`. old_names: (end of a name, how old files end
+    it).
     """
 
     name: str
@@ -66,7 +71,7 @@ class Family:
     harmless: frozenset[str] = frozenset()
     hooked: frozenset[str] = frozenset()
     absent: Mapping[str, Any] = field(default_factory=dict)
-    windows: Windows = Windows("none")
+    windows: Windows = NO_WINDOWS
     rotary: bool = True
     rope_default: float = 10_000.0
     whole_heads: bool = False
@@ -77,6 +82,8 @@ class Family:
     alias: Callable[[str, ModelConfig], str] | None = None
     skipped: tuple[str, ...] = ("model.layers.{}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
     prefix: str = ""
+    heads: tuple[StoredHead, ...] = ()
+    old_names: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model_type", self.model_type or self.name)
@@ -188,7 +195,7 @@ class Family:
         for name, value in meant.items():
             if said.get(name) != value:
                 raise HanlinError(
-                    f'A model of the family "{self.name}" always has {name}={said.get(name)!r}; this one has {value!r}. '
+                    f'A model of the family "{self.name}" always has {name}={said.get(name)!r}; this has {value!r}. '
                     "Choose another family for it."
                 )
         for stack in ("layers", "encoder"):
@@ -204,11 +211,14 @@ class Family:
 
     @property
     def rules(self) -> tuple[Rule, ...]:
-        return tuple(row if isinstance(row, Rule) else renamed(*row) for row in self.weights)
+        own = tuple(row if isinstance(row, Rule) else renamed(*row) for row in self.weights)
+        return own + tuple(rule for head in self.heads for rule in head.rules)
 
-    def bind(self, config: ModelConfig, ours: Mapping[str, tuple[int, ...]], *, bare: bool | None = None) -> list[Bound]:
-        """Which of their weights make which of ours (name -> shape). bare: their names lack `prefix`, as those of a model
-        without a head do (None: as this config has one or not)."""
+    def bind(
+        self, config: ModelConfig, ours: Mapping[str, tuple[int, ...]], *, bare: bool | None = None
+    ) -> list[Bound]:
+        """Which of their weights make which of ours (name -> shape). bare: their names lack `prefix`, as those of a
+        model without a head do (None: as this config has one or not)."""
         known = {name if self.alias is None else self.alias(name, config): name for name in ours}
         found = bind(self.rules, {alias: ours[name] for alias, name in known.items()})
         if self.alias is not None:
@@ -217,6 +227,16 @@ class Family:
         if not bare or not self.prefix:
             return found
         return [replace(b, theirs=tuple(name.removeprefix(self.prefix) for name in b.theirs)) for b in found]
+
+    def as_stored(self, bound: list[Bound], held: Collection[str]) -> list[Bound]:
+        """The same with their names as a file that holds `held` spells them."""
+        if not self.old_names:
+            return bound
+        return [replace(b, theirs=tuple(self._as_stored(name, held) for name in b.theirs)) for b in bound]
+
+    def _as_stored(self, name: str, held: Collection[str]) -> str:
+        old = (name.removesuffix(end) + was for end, was in self.old_names if name.endswith(end))
+        return name if name in held else next((spelled for spelled in old if spelled in held), name)
 
     def is_skipped(self, theirs: str) -> bool:
         """Whether a weight in a file takes no part: it is computed here, or stands there under another name too."""

@@ -1,5 +1,5 @@
-"""Gemma 2 (arXiv:2408.00118): norms on both sides of each sublayer, soft-capped scores and logits, a window in every other
-layer, norm weights stored as what they differ from 1, token vectors scaled by the root of the width, GeGLU."""
+"""Gemma 2 (arXiv:2408.00118): norms on both sides of each sublayer, soft-capped scores and logits, a window in every
+other layer, norm weights stored as what they differ from 1, token vectors scaled by the root of the width, GeGLU."""
 
 from collections.abc import Mapping
 from typing import Any

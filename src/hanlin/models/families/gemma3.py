@@ -1,5 +1,6 @@
-"""Gemma 3, text (arXiv:2503.19786): Gemma 2 with QK norm in the place of the soft-caps, five layers with a window for each one
-without, and two rotary bases: 10,000 where there is a window, 1,000,000 (perhaps scaled) where there is none."""
+"""Gemma 3, text (arXiv:2503.19786): Gemma 2 with QK norm in the place of the soft-caps, five layers with a window for
+each one without, and two rotary bases: 10,000 where there is a window, 1,000,000 (perhaps scaled) where there is
+none."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -48,7 +49,7 @@ GEMMA3 = Family(
     name="gemma3_text",
     architecture="Gemma3ForCausalLM",
     settings={**GEMMA2.settings, "max_position_embeddings": Setting(("max_positions",), int, 131072)},
-    always=GEMMA2.always | {"attention.qk_norm": True},
+    always={**GEMMA2.always, "attention.qk_norm": True},
     fixed=GEMMA2.fixed,
     hooked=frozenset({"rope_parameters", "rope_theta", "rope_scaling", "rope_local_base_freq"}),
     harmless=frozenset({"sliding_window_pattern", "_sliding_window_pattern"}),

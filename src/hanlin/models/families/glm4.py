@@ -1,5 +1,5 @@
-"""GLM and GLM-4 (arXiv:2406.12793): interleaved rotary pairs on half of each head, biases on q, k and v, gate and up in one
-matrix; GLM-4-0414 has norms on both sides of each sublayer."""
+"""GLM and GLM-4 (arXiv:2406.12793): interleaved rotary pairs on half of each head, biases on q, k and v, gate and up in
+one matrix; GLM-4-0414 has norms on both sides of each sublayer."""
 
 from typing import Any
 

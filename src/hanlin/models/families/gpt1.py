@@ -1,5 +1,5 @@
-"""GPT-1 (Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training"): GPT-2's block with the layer
-norms behind the sums, and none at the end."""
+"""GPT-1 (Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training"): GPT-2's block with the
+layer norms behind the sums, and none at the end."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,8 +1,8 @@
 """GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners") and GPT-3 (arXiv:2005.14165).
 
-Learnt positions, layer norms in front, biases everywhere, tanh GELU, q, k and v in one matrix stored as (in, out). GPT-3 is
-GPT-2 with locally banded attention in every other layer; no file of it was published, so Hanlin saves it as `gpt3`, with
-GPT-2's keys and `attention_band`, the keys that a banded layer sees.
+Learnt positions, layer norms in front, biases everywhere, tanh GELU, q, k and v in one matrix stored as (in, out).
+GPT-3 is GPT-2 with locally banded attention in every other layer; no file of it was published, so Hanlin saves it as
+`gpt3`, with GPT-2's keys and `attention_band`, the keys that a banded layer sees.
 """
 
 from collections.abc import Mapping
@@ -37,10 +37,11 @@ BIASED: dict[str, Any] = {
     "norm.kind": "layer",
     "embedding.positions": "learned",
 }
-NOTES = frozenset("""
+_NOTES = """
     resid_pdrop embd_pdrop attn_pdrop summary_type summary_use_proj summary_activation summary_proj_to_labels
     summary_first_dropout n_ctx predict_special_tokens n_special
-""".split())
+"""
+NOTES = frozenset(_NOTES.split())
 BLOCK = "model.layers.{}."
 QKV = tuple(f"{BLOCK}self_attn.{x}_proj" for x in "qkv")
 
@@ -109,6 +110,6 @@ GPT2 = Family(
     prefix="transformer.",
 )
 GPT3 = replace(
-    GPT2, name="gpt3", model_type="gpt3", architecture="GPT3LMHeadModel", bare=None, hooked=frozenset({"attention_band"}), shape=band,
-    describe=say_band, prefix="",
+    GPT2, name="gpt3", model_type="gpt3", architecture="GPT3LMHeadModel", bare=None, prefix="",
+    hooked=frozenset({"attention_band"}), shape=band, describe=say_band,
 )  # fmt: skip

@@ -19,9 +19,9 @@ REQUIRED = object()
 
 @dataclass(frozen=True)
 class Setting:
-    """One key of `config.json`. ours: the fields that it sets, as `models.families.values` names them. default: the value
-    where the key is absent, as transformers has it (None: follows from others). nullable: null too means that it follows
-    from others. convert, back: from their value to ours, and from ours to theirs."""
+    """One key of `config.json`. ours: the fields that it sets, as `models.families.values` names them. default: the
+    value where the key is absent, as transformers has it (None: follows from others). nullable: null too means that it
+    follows from others. convert, back: from their value to ours, and from ours to theirs."""
 
     ours: tuple[str, ...]
     kind: type
@@ -128,8 +128,10 @@ def read_integer(json: Mapping[str, Any], key: str, default: int, file: Path) ->
 
 
 def _words(kind: type) -> str:
-    words = {bool: "true or false", int: "a positive integer", float: "a positive number", str: "a name", list: "a list"}
-    return words[kind]
+    return {
+        "bool": "true or false", "int": "a positive integer", "float": "a positive number", "str": "a name",
+        "list": "a list",
+    }[kind.__name__]  # fmt: skip
 
 
 def read_rope(json: Mapping[str, Any], file: Path, *, default: float) -> dict[str, Any]:

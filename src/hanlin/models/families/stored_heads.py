@@ -4,8 +4,9 @@ Where a file holds all weights of such a head, the loaded model has it as a chil
 Other heads (`nn.heads`) are saved in a file of their own, see `models.heads_file`.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import cast
 
 from torch import nn
 
@@ -27,15 +28,19 @@ class StoredHead:
     def rules(self) -> tuple[Rule, ...]:
         return tuple(renamed(theirs, f"{self.name}.{ours}") for theirs, ours in self.weights)
 
+    def make(self, width: int) -> nn.Module:
+        return cast(Callable[[int], nn.Module], self.kind)(width)
+
     @property
     def stored(self) -> set[str]:
         """Their names."""
         return {theirs for theirs, _ in self.weights}
 
 
-def heads_in(heads: tuple[StoredHead, ...], names: Collection[str]) -> list[StoredHead]:
-    """The heads of which `names` holds every weight; a weight is part of the first one only."""
-    left, found = set(names), []
+def heads_in(heads: tuple[StoredHead, ...], names: Collection[str], prefix: str = "") -> list[StoredHead]:
+    """The heads of which a file holds every weight; a weight is part of the first one only. prefix: what its names
+    lack."""
+    left, found = {*names, *(prefix + name for name in names)}, []
     for head in heads:
         if head.stored <= left:
             left -= head.stored

@@ -1,9 +1,10 @@
 """The fields of a `ModelConfig` as one flat table of dotted names, which is what the keys of a `config.json` speak of.
 
-    {"width": 64, "depth": 3, "attention.heads": 4, "rope.theta": 1e4, "feed_forward.hidden": 96, "norm.kind": "rms", ...}
+    {"width": 64, "depth": 3, "attention.heads": 4, "rope.theta": 1e4, "feed_forward.hidden": 96, "norm.kind": "rms",
+    ...}
 
-`assemble` makes a config of equal layers from such a table; `flatten` reads the table off a config (of the first layer of
-each kind, without its window).
+`assemble` makes a config of equal layers from such a table; `flatten` reads the table off a config (of the first layer
+of each kind, without its window).
 """
 
 from dataclasses import fields, is_dataclass, replace
@@ -33,7 +34,8 @@ MIXERS = {"attention": AttentionConfig, "latent": LatentAttentionConfig, "relati
 def assemble(values: dict[str, Any]) -> ModelConfig:
     """A config of `depth` equal layers. `latent.` or `relative.` fields instead of `attention.` ones choose the mixer;
     `experts.` fields choose experts."""
-    mixer = next((name for name in ("latent", "relative") if any(k.startswith(f"{name}.") for k in values)), "attention")
+    kinds = {key.partition(".")[0] for key in values}
+    mixer = next((name for name in ("latent", "relative") if name in kinds), "attention")
     attention = _under(f"{mixer}.", values)
     if mixer == "attention":
         _fill_heads(attention, values["width"])
@@ -42,7 +44,8 @@ def assemble(values: dict[str, Any]) -> ModelConfig:
         width = attention["rope_dim" if mixer == "latent" else "head_dim"]
         fraction = rope.pop("fraction", None)
         dim = None if fraction in (None, 1.0) else int(width * fraction)
-        attention["position"] = Rope(**{"dim": dim, **rope})
+        rope.setdefault("dim", dim)
+        attention["position"] = Rope(**rope)
     feed_forward: FeedForwardConfig | ExpertsConfig
     if values.get("experts.count"):
         router = RouterConfig(**_under("router.", values))

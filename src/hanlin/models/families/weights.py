@@ -1,7 +1,7 @@
 """How the weights of a family's files stand to ours: renamed, transposed, cut into parts, stacked.
 
-A `Rule` is one row of a family's weight table. `{}` in a name stands for a number (a layer); `{e}` counts the experts, of
-which all together are one tensor here. A weight that no row matches has the same name on both sides.
+A `Rule` is one row of a family's weight table. `{}` in a name stands for a number (a layer); `{e}` counts the experts,
+of which all together are one tensor here. A weight that no row matches has the same name on both sides.
 """
 
 import re
@@ -21,7 +21,8 @@ ToTheirs = Callable[[list[Tensor], ModelConfig], list[Tensor]]
 
 @dataclass(frozen=True)
 class Rule:
-    """theirs, ours: templates of names that belong together; to_ours and to_theirs: one side's tensors from the other's."""
+    """theirs, ours: templates of names that belong together; to_ours and to_theirs: one side's tensors from the
+    other's."""
 
     theirs: tuple[str, ...]
     ours: tuple[str, ...]

@@ -1,4 +1,5 @@
-"""How a `config.json` says which layers have a sliding window: `sliding_window`, `use_sliding_window`, `layer_types`."""
+"""How a `config.json` says which layers have a sliding window: `sliding_window`, `use_sliding_window`,
+`layer_types`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,8 +16,8 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 @dataclass(frozen=True)
 class Windows:
     """kind "none": no layer may have a window; "all": one for all layers; "types": `layer_types` alone says which have
-    one, by default every layer but each `every`-th (Gemma, gpt-oss); "hooked": the family's hooks read and write the keys.
-    Where `use_sliding_window` must be true for any: "switched" for all layers (Qwen3-MoE); "each" from layer
+    one, by default every layer but each `every`-th (Gemma, gpt-oss); "hooked": the family's hooks read and write the
+    keys. Where `use_sliding_window` must be true for any: "switched" for all layers (Qwen3-MoE); "each" from layer
     `max_window_layers` on (Qwen2), "below" for every second layer before it (Qwen2-MoE), unless `layer_types` says
     otherwise. default: the size where the file names none."""
 
@@ -100,6 +101,9 @@ class Windows:
         if self.kind == "each" and size is not None and all(windows[first:]):  # else `layer_types` alone can say it
             json["max_window_layers"] = first
         return json | types
+
+
+NO_WINDOWS = Windows("none")
 
 
 def _with_window(layer: Any, size: int | None) -> Any:
