@@ -1,6 +1,6 @@
 """Mixture of experts: the forward and backward pass of one block, Hanlin against transformers, on two cores.
 
-Same shape, same spread of weights, same random tokens and gradient; `.grad` is dropped after each step, as training does.
+Same shape, same spread of weights, same random tokens and gradient; `.grad` is dropped after each step, as in training.
 transformers is `Qwen3MoeSparseMoeBlock` (softmax, top-k, renormalised, SwiGLU) at those `experts_implementation`s that
 can run here: `eager` (first turn only: it makes a gradient of all experts for each expert) and `grouped_mm`;
 `batched_mm` copies the weights for each (token, choice): tens of GB at these shapes. bf16 is weights and activations in
@@ -8,7 +8,7 @@ bf16. Every run is a process of its own and the sides take turns.
 
 Each library runs as its training loop runs it: Hanlin's `Trainer` keeps freed memory in the heap
 (`core.device.tune_allocator`), a transformers loop does not. Most of the gain is that, and it would help any library:
-the sides "tuned" (transformers with our allocator settings) and "untuned" (Hanlin without) show what the block alone does.
+the sides "tuned" (transformers with our allocator settings) and "untuned" (Hanlin without) show what the block does.
 
 FLOPs = 3 (forward, two backward) * 2 * tokens * top_k * 3 * width * hidden. Peak: memory over weights and gradients.
 
@@ -23,9 +23,9 @@ What the profiles taught (64 experts, top-8, 1024 x 512, 512 tokens):
 - The activation and the sorted rows are made again in the backward pass: two cheap passes.
 - What is left is 90 % products with 64 rows for each weight matrix, at 60 % (fp32) and 25 % (bf16) of the peak, inside
   MKL and oneDNN, and transformers makes the same ones.
-What did not pay: groups padded to multiples of 16 or 32 rows; one batched product over groups padded to the fullest (fp32
-slower; bf16 equal at 37 % more rows, and worse with imbalance); operands swapped (bf16 forward a quarter faster, but its
-output lies transposed); huge pages on top of the allocator's setting. One expert a thread would give 4 to 12 %.
+What did not pay: groups padded to multiples of 16 or 32 rows; one batched product over groups padded to the fullest
+(fp32 slower; bf16 equal at 37 % more rows, and worse with imbalance); operands swapped (bf16 forward a quarter faster,
+but its output lies transposed); huge pages on top of the allocator's setting. One expert a thread would give 4-12 %.
 
     python benchmarks/bench_experts.py [--runs 3] [--shape 8 64 64-wide] [--dtype fp32 bf16] [--quick]
 """

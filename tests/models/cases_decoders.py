@@ -14,6 +14,9 @@ from transformers.models.llama import LlamaConfig
 from transformers.models.phi3 import Phi3Config
 from transformers.models.qwen3 import Qwen3Config
 
+HALF = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
+
+
 def build(kind: Any, settings: dict[str, Any]):
     return AutoModelForCausalLM.from_config(kind(**SIZES | settings))
 
@@ -41,8 +44,8 @@ CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
             "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], "long_factor": [2.0, 3.0, 4.0, 5.0, 6.0, 7.0],
         }},
     ),
-    "glm": (GlmConfig, {"head_dim": 16, "pad_token_id": 0}),
-    "glm4": (Glm4Config, {"head_dim": 16, "pad_token_id": 0, "num_key_value_heads": 1}),
+    "glm": (GlmConfig, {"head_dim": 16, "pad_token_id": 0, "rope_parameters": HALF}),
+    "glm4": (Glm4Config, {"head_dim": 16, "pad_token_id": 0, "num_key_value_heads": 1, "rope_parameters": HALF}),
     "llama-3": (LlamaConfig, {"rope_parameters": {
         "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 16,

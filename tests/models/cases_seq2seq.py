@@ -21,17 +21,33 @@ T5 = {
     "attn_implementation": "eager",
 }  # fmt: skip
 SWITCH = T5 | {
-    "num_layers": 3, "num_decoder_layers": 4, "num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 2,
+    "num_layers": 3, "num_decoder_layers": 4, "num_experts": 4,
+    "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 2,
 }  # fmt: skip
 BART = {
     "vocab_size": 131, "d_model": 48, "max_position_embeddings": 40, "encoder_layers": 2, "decoder_layers": 3,
-    "encoder_attention_heads": 6, "decoder_attention_heads": 4, "encoder_ffn_dim": 56, "decoder_ffn_dim": 72, "pad_token_id": 1,
-    "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2, "forced_eos_token_id": 2, "attn_implementation": "eager",
+    "encoder_attention_heads": 6, "decoder_attention_heads": 4, "encoder_ffn_dim": 56, "decoder_ffn_dim": 72,
+    "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2, "forced_eos_token_id": 2,
+    "attn_implementation": "eager",
 }  # fmt: skip
 
 
 def build(kind: Any, settings: dict[str, Any], *, head: bool = True) -> nn.Module:
     return (AutoModelForSeq2SeqLM if head else AutoModel).from_config(kind(**settings))
+
+
+def build_wide(kind: Any, settings: dict[str, Any]) -> nn.Module:
+    """T5 divides what its tied head reads by the root of the width, so its token vectors are as much wider (`widen`)."""
+    model = build(kind, settings)
+    model.is_narrow = True
+    return model
+
+
+def widen(model: Any) -> None:
+    """Once, after the weights are redrawn."""
+    if getattr(model, "is_narrow", False):
+        model.shared.weight.data *= model.shared.weight.shape[1] ** 0.5
+        model.is_narrow = False
 
 
 def build_t5(settings: dict[str, Any]) -> nn.Module:
@@ -60,13 +76,18 @@ def build_marian(settings: dict[str, Any]) -> nn.Module:
     return model
 
 
+def call_wide(model: nn.Module, inputs: Inputs) -> Tensor:
+    widen(model)
+    return call_logits(model, inputs)
+
+
 def call_switch(model: nn.Module, inputs: Inputs) -> Tensor:
     """Its routers keep fp32 whatever the model is cast to; in fp64 they are lifted too."""
     dtype = next(model.parameters()).dtype
     for module in model.modules():
         if type(module).__name__ == "SwitchTransformersTop1Router":
             module.dtype = dtype
-    return call_logits(model, inputs)
+    return call_wide(model, inputs)
 
 
 def call_hidden(model: nn.Module, inputs: Inputs) -> Tensor:
@@ -79,35 +100,47 @@ def case(name: str, family: str, build: Any, **more: Any) -> Case:
 
 
 GATED = T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+SILU = GATED | {"feed_forward_proj": "gated-silu"}
+NO_EXPERTS_THERE = {"encoder_sparse_step": 1, "decoder_sparse_step": 0, "dense_act_fn": "gelu"}
+ORIGINAL = {
+    "d_model": 32, "encoder_layers": 6, "decoder_layers": 6, "encoder_attention_heads": 4, "encoder_ffn_dim": 72,
+    "activation_function": "relu", "scale_embedding": True,
+}  # fmt: skip
 NO_HEAD: dict[str, Any] = {"call": call_hidden, "hidden": call_hidden, "reload_class": "AutoModel", "cached": False}
+
+
+def t5(name: str, **changes: Any) -> Case:
+    return case(name, "t5", partial(build_wide, T5Config, T5 | changes), call=call_wide)
+
+
+def switch(name: str, *, cached: bool = True, **changes: Any) -> Case:
+    build = partial(build_wide, SwitchTransformersConfig, SWITCH | changes)
+    return case(name, "switch_transformers", build, call=call_switch, cached=cached)
+
+
+def bart(name: str, **changes: Any) -> Case:
+    return case(name, "bart", partial(build, BartConfig, BART | changes))
+
+
+def marian(name: str, **changes: Any) -> Case:
+    return case(name, "marian", partial(build_marian, BART | changes))
+
+
 CASES = [
-    case("t5", "t5", partial(build, T5Config, T5)),
-    case("t5-deep-encoder", "t5", partial(build, T5Config, T5 | {"num_layers": 3, "num_decoder_layers": 1, "d_kv": 16})),
-    case("t5-own-head", "t5", partial(build_t5, T5), save=save_untied),
+    t5("t5"),
+    t5("t5-deep-encoder", num_layers=3, num_decoder_layers=1, d_kv=16),
+    case("t5-own-head", "t5", partial(build_t5, T5 | {"tie_word_embeddings": False}), save=save_untied),
     case("t5-no-head", "t5", partial(build, T5Config, T5, head=False), **NO_HEAD),
     case("t5-v1.1", "t5-v1.1", partial(build_t5, GATED), save=save_untied),
-    case("t5-v1.1-silu-tied", "t5-v1.1", partial(build, T5Config, GATED | {"feed_forward_proj": "gated-silu"})),
-    case("switch", "switch_transformers", partial(build, SwitchTransformersConfig, SWITCH), call=call_switch),
-    case(
-        "switch-capacity", "switch_transformers",  # what an expert takes counts in each piece that a cache reads
-        partial(build, SwitchTransformersConfig, SWITCH | {"expert_capacity": 3, "router_bias": True}),
-        call=call_switch, cached=False,
-    ),
-    case(
-        "switch-all-and-none", "switch_transformers",
-        partial(build, SwitchTransformersConfig, SWITCH | {"encoder_sparse_step": 1, "decoder_sparse_step": 0, "dense_act_fn": "gelu"}),
-        call=call_switch,
-    ),
-    case("bart", "bart", partial(build, BartConfig, BART)),
-    case("bart-scaled", "bart", partial(build, BartConfig, BART | {"scale_embedding": True, "activation_function": "relu"})),
+    case("t5-v1.1-silu-tied", "t5-v1.1", partial(build, T5Config, SILU)),
+    switch("switch"),
+    # What an expert takes counts in each piece that a cache reads: only what is read in one piece is the whole.
+    switch("switch-capacity", expert_capacity=3, router_bias=True, cached=False),
+    switch("switch-all-and-none", **NO_EXPERTS_THERE),
+    bart("bart"),
+    bart("bart-scaled", scale_embedding=True, activation_function="relu"),
     case("bart-no-head", "bart", partial(build, BartConfig, BART, head=False), **NO_HEAD),
-    case("marian", "marian", partial(build_marian, BART | {"scale_embedding": True, "activation_function": "swish"})),
-    case("marian-unscaled", "marian", partial(build_marian, BART | {"encoder_layers": 3, "decoder_layers": 1})),
-    case(
-        "transformer", "marian",  # the original: 6 + 6 layers, ReLU, one size for both
-        partial(build_marian, BART | {
-            "d_model": 32, "encoder_layers": 6, "decoder_layers": 6, "encoder_attention_heads": 4, "encoder_ffn_dim": 72,
-            "activation_function": "relu", "scale_embedding": True,
-        }),
-    ),
-]  # fmt: skip
+    marian("marian", scale_embedding=True, activation_function="swish"),
+    marian("marian-unscaled", encoder_layers=3, decoder_layers=1),
+    marian("transformer", **ORIGINAL),  # as in the paper: 6 + 6 layers, ReLU, one size for both
+]

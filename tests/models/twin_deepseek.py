@@ -80,7 +80,8 @@ class DeepseekTwin(Twin):
         """One token (width,) through the experts it prefers and those that all share."""
         c = self.config
         affinity = torch.softmax(self.w(f"{h}gate.weight") @ u, 0)
-        chosen = sorted(range(len(affinity)), key=lambda e: -float(affinity[e]))[: c["num_experts_per_tok"]]
+        order = sorted(enumerate(affinity.tolist()), key=lambda pair: -pair[1])
+        chosen = [e for e, _ in order[: c["num_experts_per_tok"]]]
         total = sum(affinity[e] for e in chosen) if c["norm_topk_prob"] and len(chosen) > 1 else 1.0
         y = self.dense(f"{h}shared_experts.", u) if c["n_shared_experts"] else torch.zeros_like(u)
         for e in chosen:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.models.oracle import logits_of, make_oracle, save_theirs, some_ids
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from hanlin.core.errors import HanlinError
 from hanlin.models import load_model
@@ -206,6 +207,55 @@ def test_damaged_and_missing_files_are_refused(pair, tmp_path):
         load_lora(ours, folder)
     with pytest.raises(HanlinError, match="is a file; an adapter is a folder"):
         save_lora(add_lora(ours), folder / "adapter_config.json")
+
+
+@pytest.fixture
+def gpt2(tmp_path):
+    """A family whose names are others, whose matrices are stored the other way round, and whose q, k, v are one."""
+    sizes = {"vocab_size": 131, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    torch.manual_seed(0)
+    theirs = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(0, 0.2)
+    folder = save_theirs(theirs, tmp_path / "gpt2")
+    return theirs.double(), load_model(folder, dtype=torch.float64)
+
+
+def test_names_and_layouts_of_a_family_are_its_own(gpt2, tmp_path):
+    theirs, ours = gpt2
+    adapter = add_lora(ours, 3, targets=("o_proj", "up_proj", "down_proj"))
+    redraw(adapter)
+    save_lora(adapter, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["task_type"] == "CAUSAL_LM" and sorted(config["target_modules"]) == ["c_fc", "c_proj"]
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    with torch.no_grad():
+        for layer in range(2):
+            for name in ("attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
+                key = f"base_model.model.transformer.h.{layer}.{name}.lora_"
+                update = tensors[f"{key}B.weight"] @ tensors[f"{key}A.weight"] * (16 / 3)
+                theirs.get_submodule(f"transformer.h.{layer}.{name}").weight += update.T
+    expected = logits_of(theirs, some_ids())
+    torch.testing.assert_close(ours_of(ours), expected, rtol=0, atol=CLOSE)
+    adapter.remove()
+    load_lora(ours, tmp_path / "adapter")
+    torch.testing.assert_close(ours_of(ours), expected, rtol=0, atol=CLOSE)
+
+
+def test_an_adapter_of_a_joined_weight_is_refused_both_ways(gpt2, tmp_path):
+    _, ours = gpt2
+    with pytest.raises(HanlinError, match="q_proj is one part of a larger weight"):
+        save_lora(add_lora(ours, targets=("q_proj",)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    ours.adapter.remove()
+    folder = write_adapter(tmp_path / "adapter", change=put("transformer.h.0.attn.c_attn.lora_A.weight", 4, 32))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({k: v for k, v in tensors.items() if "c_attn" in k}, folder / "adapter_model.safetensors")
+    with pytest.raises(
+        HanlinError, match=r"several layers here \(model.layers.0.self_attn.q_proj, .*k_proj, .*v_proj\)"
+    ):
+        load_lora(ours, folder)
 
 
 def test_what_we_save_peft_loads(pair, tmp_path):

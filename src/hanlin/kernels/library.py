@@ -39,6 +39,13 @@ ARGUMENTS = {  # of the C functions
     "rotate": (POINTER, INTEGER, INTEGER, INTEGER, INTEGER, POINTER, POINTER, INTEGER, INTEGER, POINTER),
     "swiglu": (POINTER, INTEGER, INTEGER, POINTER),
     "attend": (POINTER, *(POINTER, INTEGER) * 3, POINTER, POINTER, POINTER),
+    "train_swiglu": (POINTER, INTEGER, INTEGER, POINTER),
+    "train_swiglu_backward": (POINTER, POINTER, INTEGER, INTEGER, POINTER),
+    "train_norm": (POINTER, INTEGER, INTEGER, INTEGER, INTEGER, POINTER, REAL, POINTER, POINTER),
+    "train_norm_backward": (POINTER, *(INTEGER,) * 4, POINTER, POINTER, POINTER, POINTER, POINTER),
+    "train_turn": (POINTER, *(INTEGER,) * 4, POINTER, POINTER, INTEGER, INTEGER, REAL, POINTER),
+    "train_widen": (POINTER, INTEGER, INTEGER, POINTER),
+    "cross_entropy": (POINTER, POINTER, INTEGER, INTEGER, REAL, REAL, INTEGER, POINTER),
 }
 SHORT = ("rms_norm", "rotate", "swiglu")
 
@@ -67,6 +74,7 @@ def library() -> Library | None:
         say(f"Without Hanlin's own CPU kernels, generating is slower: {_reason(error)} ({SWITCH}=off hides this line.)")
         return None
     loaded.long.hanlin_threads(min(torch.get_num_threads(), MOST_THREADS))
+    loaded.long.hanlin_team(POINTER(_parallel()))
     return loaded
 
 
@@ -98,6 +106,19 @@ def build() -> Path:
             command = [*compiler, *FLAGS, *map(str, sources), *LINK, "-o", str(unfinished)]
             subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     return target
+
+
+def _parallel() -> int | None:
+    """The address of `GOMP_parallel` in the OpenMP that torch has loaded; None: torch has another thread pool."""
+    loaded = getattr(os, "RTLD_NOLOAD", None)  # this process' copy, never a second one
+    if loaded is None:
+        return None
+    for name in ("libgomp.so.1", "libiomp5.so", "libomp.so", "libomp.dylib"):
+        try:
+            return ctypes.cast(ctypes.CDLL(name, mode=loaded | os.RTLD_NOW).GOMP_parallel, POINTER).value
+        except (OSError, AttributeError):
+            continue
+    return None
 
 
 def _cpu() -> str:

@@ -14,11 +14,11 @@ from hanlin.kernels.library import function
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor | None:
     """w * x / sqrt(mean(x^2) + eps): x (..., width), weight (width,) of x's dtype, or None for 1."""
-    run = _kernel("rms_norm", x)
+    run = kernel("rms_norm", x)
     if run is None or (weight is not None and weight.dtype != x.dtype):
         return None
     width = x.shape[-1]
-    if (groups := _groups(x, width)) is None:
+    if (groups := groups_of_rows(x, width)) is None:
         return None
     y = torch.empty_like(x)
     run(x.data_ptr(), *groups, width, None if weight is None else weight.data_ptr(), eps, y.data_ptr())
@@ -34,11 +34,11 @@ def rms_norm_twin(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
     """x (rows, T, heads, D); cos and signed sin (rows or 1, T, 1, R), R ≤ D even: pairs (i, i + R/2) of the first R
     numbers of a head turn, the others stay."""
-    run = _kernel("rotate", x)
+    run = kernel("rotate", x)
     if run is None or cos.dtype != x.dtype:
         return None
     width, turned = x.shape[-1], cos.shape[-1]
-    if (groups := _groups(x, width)) is None or not (cos.is_contiguous() and sin.is_contiguous()):
+    if (groups := groups_of_rows(x, width)) is None or not (cos.is_contiguous() and sin.is_contiguous()):
         return None
     y, period = torch.empty_like(x), cos.numel() // turned
     run(x.data_ptr(), *groups, width, cos.data_ptr(), sin.data_ptr(), turned, period, y.data_ptr())
@@ -55,7 +55,7 @@ def rotate_twin(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def swiglu(gate_up: Tensor) -> Tensor | None:
     """silu(gate) * up: (..., 2 * hidden), gate first -> (..., hidden)."""
-    run = _kernel("swiglu", gate_up)
+    run = kernel("swiglu", gate_up)
     if run is None or not gate_up.is_contiguous():
         return None
     both = gate_up.shape[-1]
@@ -69,14 +69,17 @@ def swiglu_twin(gate_up: Tensor) -> Tensor:
     return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
 
 
-def _kernel(name: str, x: Tensor) -> Callable[..., None] | None:
-    """None for what has no address: other devices, subclasses (sharded, fake), a graph being traced."""
-    if type(x) is not Tensor or not x.is_cpu or torch.compiler.is_compiling():
+def kernel(name: str, x: Tensor, *others: Tensor) -> Callable[..., None] | None:
+    """None for what has no address: other devices, subclasses (sharded, fake), a graph being traced; and where the
+    others are not like x."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu:
+        return None
+    if any(type(other) is not Tensor or other.dtype != x.dtype for other in others):
         return None
     return function(name, x.dtype)
 
 
-def _groups(x: Tensor, width: int) -> tuple[int, int, int] | None:
+def groups_of_rows(x: Tensor, width: int) -> tuple[int, int, int] | None:
     """(outer, inner, stride): x as `outer` groups, `stride` apart, of `inner` rows behind each other; None if it isn't.
 
     A four-dimensional x keeps its first two dimensions as groups: they are its tokens. `empty_like` makes either of

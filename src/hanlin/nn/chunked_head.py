@@ -20,8 +20,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hanlin.core.errors import HanlinError
+from hanlin.kernels.training import widen
 
 Slope = Callable[..., tuple[Tensor, Tensor | None]]  # (z, *rows, wanted) -> (sum, df/dz); may overwrite z
+Narrow = Callable[..., tuple[Tensor, Tensor | None] | None]
 
 MOST_ROWS = 512  # as fast as 1,024 (V = 8,192 and 16,384, fp32 and bf16), half the memory
 LOGITS_OF_CHUNK = 2**26  # numbers: 256 MiB in fp32. V = 151,936: chunks of 256 to 1,024 rows take the same time
@@ -83,9 +85,14 @@ def through_head(
 
 
 def slope_through_head(
-    hidden: Tensor, head: Head, slope: Slope, *rows: Tensor, keep: Tensor | None = None, chunk: int | None = None
-) -> Tensor:
-    """`through_head` for a loss that makes its slope itself: slope(z, *rows, wanted=bool) -> (sum, slope or None)."""
+    hidden: Tensor, head: Head, slope: Slope, *rows: Tensor,
+    keep: Tensor | None = None, chunk: int | None = None, narrow: Narrow | None = None,
+) -> Tensor:  # fmt: skip
+    """`through_head` for a loss that makes its slope itself: slope(z, *rows, wanted=bool) -> (sum, slope or None).
+
+    narrow: the same of logits as the product left them, in its dtype; it may return None, and then `slope` gets them
+    widened. Not asked where there is a soft-cap.
+    """
     if hidden.shape[-1] != head.weight.shape[1]:
         raise HanlinError(f"Hidden states {list(hidden.shape)} do not fit a head {list(head.weight.shape)}.")
     for row in (*rows, *(() if keep is None else (keep,))):
@@ -98,7 +105,7 @@ def slope_through_head(
     weight, bias = head.weight, head.bias
     if not torch.is_grad_enabled():  # inside, a parameter would still say that it wants its gradient
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-    return _ThroughHead.apply(hidden, weight, bias, head, slope, rows, keep, chunk)
+    return _ThroughHead.apply(hidden, weight, bias, head, (slope, narrow), rows, keep, chunk)
 
 
 def rows_per_chunk(vocabulary: int) -> int:
@@ -115,7 +122,8 @@ def wide_dtype(like: Tensor) -> torch.dtype:
 class _ThroughHead(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, slope_of: Slope,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head,
+        slopes: tuple[Slope, Narrow | None],
         extras: tuple[Tensor, ...], keep: Tensor | None, chunk: int,
     ) -> Tensor:  # fmt: skip
         rows = hidden.reshape(-1, hidden.shape[-1])
@@ -128,32 +136,40 @@ class _ThroughHead(torch.autograd.Function):
                 rows, extras = rows[keep], tuple(extra[keep] for extra in extras)
         matrix, wide = weight.to(rows.dtype), wide_dtype(rows)
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        wanted = need_hidden or need_weight or need_bias
         total = torch.zeros((), dtype=wide, device=rows.device)
         grad_rows = torch.empty_like(rows) if need_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if need_weight else None
         grad_bias = torch.zeros(len(weight), dtype=wide, device=weight.device) if need_bias else None
         length = min(chunk, len(rows))
         product = rows.new_empty(length, len(weight))  # for all chunks: a new one would be paged in each time
-        wider = product if wide == rows.dtype else product.new_empty(product.shape, dtype=wide)
+        wider = product if wide == rows.dtype else None
+        slope_of, narrow = slopes
         for start in range(0, len(rows), chunk):
             part = rows[start : start + chunk]
-            low, z, damping = product[: len(part)], wider[: len(part)], None
+            low, damping = product[: len(part)], None
             _product(part, matrix, head, low)
-            if z.dtype != low.dtype:
-                z.copy_(low)
-            if head.softcap is not None:
-                z.div_(head.softcap).tanh_()
-                damping = 1 - z * z
-                z.mul_(head.softcap)
             parts = [extra[start : start + chunk] for extra in extras]
-            value, slope = slope_of(z, *parts, wanted=need_hidden or need_weight or need_bias)
+            found = None if narrow is None or head.softcap is not None else narrow(low, *parts, wanted=wanted)
+            if found is None:
+                if wider is None:
+                    wider = product.new_empty(product.shape, dtype=wide)
+                z = wider[: len(part)]
+                if z.dtype != low.dtype:
+                    z.copy_(low)
+                if head.softcap is not None:
+                    z.div_(head.softcap).tanh_()
+                    damping = 1 - z * z
+                    z.mul_(head.softcap)
+                found = slope_of(z, *parts, wanted=wanted)
+            value, slope = found
             total += value
             if slope is None:
                 continue
             if damping is not None:
                 slope = slope.mul_(damping)
             if grad_bias is not None:
-                grad_bias.add_(slope.sum(0), alpha=head.scale)
+                grad_bias.add_(slope.sum(0, dtype=wide), alpha=head.scale)
             if slope.dtype != low.dtype:
                 slope = low.copy_(slope)
             if grad_rows is not None:
@@ -162,7 +178,9 @@ class _ThroughHead(torch.autograd.Function):
                 if wide == rows.dtype:  # adds in place
                     torch.addmm(grad_weight, slope.T, part, alpha=head.scale, out=grad_weight)
                 else:
-                    grad_weight.add_(slope.T @ part, alpha=head.scale)
+                    made = _scaled_product(slope.T, part, head.scale, None)
+                    if not widen(made, grad_weight, add=True):
+                        grad_weight.add_(made)
         if grad_rows is not None and keep is not None:
             grad_rows = rows.new_zeros(len(keep), rows.shape[-1]).index_put_((keep,), grad_rows)
         ctx.save_for_backward(grad_rows, grad_weight, grad_bias)

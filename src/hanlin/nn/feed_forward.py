@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hanlin.core.errors import HanlinError
-from hanlin.kernels import rows
+from hanlin.kernels import rows, training
 from hanlin.nn.activations import Activation, activation, clamped_swiglu
 from hanlin.nn.dropout import Dropout
 from hanlin.nn.linear import Linear, PackedLinear
@@ -107,13 +107,16 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
-        return _gate(gate_up)
+        gated = training.swiglu(gate_up)
+        return _gate(gate_up) if gated is None else gated
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         (gate_up,) = ctx.saved_tensors
         grad = gradients[0]
+        if (found := training.swiglu_backward(gate_up, grad)) is not None:
+            return (found,)
         gate, up = gate_up.chunk(2, dim=-1)
         out = torch.empty_like(gate_up)
         grad_gate, grad_up = out.chunk(2, dim=-1)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hanlin.core.errors import HanlinError
+from hanlin.kernels.cross_entropy import cross_entropy
 from hanlin.nn.chunked_head import Head, slope_through_head
 
 IGNORE = -100  # a target that carries no loss (the value transformers uses too)
@@ -51,7 +52,8 @@ def linear_cross_entropy(
         raise HanlinError(f"Targets {list(targets.shape)} do not fit hidden states {list(hidden.shape)}.")
     slope = partial(_cross_entropy_slope, smoothing=label_smoothing, z_loss=z_loss)
     head = Head(weight, bias, softcap, scale)
-    return slope_through_head(hidden, head, slope, targets, keep=targets != IGNORE, chunk=chunk)
+    narrow = partial(cross_entropy, smoothing=label_smoothing, z_loss=z_loss)
+    return slope_through_head(hidden, head, slope, targets, keep=targets != IGNORE, chunk=chunk, narrow=narrow)
 
 
 def _cross_entropy_slope(

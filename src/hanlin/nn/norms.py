@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from hanlin.core.errors import HanlinError
-from hanlin.kernels import rows
+from hanlin.kernels import rows, training
 from hanlin.nn.batch_norms import BatchNorm, GroupNorm, InstanceNorm
 from hanlin.nn.wide import wide
 
@@ -146,7 +146,7 @@ def _normalise(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Te
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        out, inverse = _normalise(x, weight, eps)
+        out, inverse = training.norm(x, weight, eps) or _normalise(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
         return out
 
@@ -154,6 +154,9 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
+        found = training.norm_backward(x, weight, inverse, gradients[0], of_weight=ctx.needs_input_grad[1])
+        if found is not None:
+            return *found, None
         grad = gradients[0].to(inverse.dtype)
         normal = x.to(inverse.dtype) * inverse
         grad_weight = (grad * normal).reshape(-1, len(weight)).sum(0) if ctx.needs_input_grad[1] else None

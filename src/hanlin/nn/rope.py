@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hanlin.core.errors import HanlinError
-from hanlin.kernels import rows
+from hanlin.kernels import rows, training
 from hanlin.nn.rope_scaling import Length, RopeScaling, inverse_frequencies
 
 
@@ -140,13 +140,18 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin, 1.0)
+        return _turn_fast(x, cos, sin, 1.0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return _turn(gradients[0], cos, sin, -1.0), None, None
+        return _turn_fast(gradients[0], cos, sin, -1.0), None, None
+
+
+def _turn_fast(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    turned = training.turn(x, cos, sin, sign) if cos.dim() == x.dim() else None
+    return _turn(x, cos, sin, sign) if turned is None else turned
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:

@@ -49,7 +49,7 @@ def save_lora(adapter: LoraAdapter, path: str | os.PathLike[str], *, base_model:
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise HanlinError(f"{folder} is a file; an adapter is a folder. Choose another name.")
-    theirs = _their_names(adapter.model)
+    theirs, _ = _their_names(adapter.model)
     for name in adapter.branches:
         if name not in theirs:
             raise HanlinError(
@@ -96,13 +96,19 @@ def load_lora(model: nn.Module, path: str | os.PathLike[str], *, dtype: torch.dt
     config = _read_config(folder)
     tensors = _read_tensors(folder)
     linears = find_linears(model)
-    ours = {theirs: name for name, theirs in _their_names(model).items()}
+    names, joined = _their_names(model)
+    ours = {theirs: name for name, theirs in names.items()}
     common = _settings(config, folder)
     factors: dict[str, dict[str, Tensor]] = {}
     layers: dict[str, LoraSettings] = {}
     for key, tensor in tensors.items():
         found = _KEY.fullmatch(key)
         module = found[1] if found else key
+        if module in joined:
+            raise HanlinError(
+                f"{folder / WEIGHTS}: {key!r} adapts a weight that is several layers here ({', '.join(joined[module])}), "
+                "which Hanlin does not take apart. Merge it with PEFT (`merge_and_unload`) and load the merged model."
+            )
         if found is None or module not in ours:
             near = get_close_matches(module, ours, n=1)
             hint = f' The nearest layer is "{near[0]}".' if near else ""
@@ -111,7 +117,6 @@ def load_lora(model: nn.Module, path: str | os.PathLike[str], *, dtype: torch.dt
         layers[ours[module]] = _settings(config, folder, module)
     if not factors:
         raise HanlinError(f"{folder / WEIGHTS} holds no adapter: it is empty.")
-    names = {name: theirs for theirs, name in ours.items()}
     for name, pair in factors.items():
         _check_pair(pair, linears[name], layers[name].rank, names[name], folder)
     order = [name for name in linears if name in factors]
@@ -197,25 +202,32 @@ def _check_pair(pair: Mapping[str, Tensor], layer: Linear, rank: int, name: str,
             )
 
 
-def _their_names(model: nn.Module) -> dict[str, str]:
-    """Our name of each linear layer -> its name in the transformers model, where the family gives it one of its own.
+def _their_names(model: nn.Module) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
+    """Our name of each linear layer -> its name in the transformers model, where the family gives it one of its own;
+    and each name there that is several layers here -> those.
 
-    A weight that is transposed there (GPT-2) has the same A and B; one that is joined with others has none.
+    A weight that is transposed there (GPT-2) has the same A and B.
     """
     linears = find_linears(model)
     config = getattr(model, "config", None)
     if not isinstance(config, ModelConfig):
-        return {name: name for name in linears}
+        return {name: name for name in linears}, {}
     weights = {f"{name}.weight": layer.weight.detach() for name, layer in linears.items()}
     state = {n: tuple(t.shape) for n, t in model.state_dict().items() if ".lora_" not in n}
     names: dict[str, str] = {}
+    joined: dict[str, tuple[str, ...]] = {}
     for bound in find_family(config.family, "family").bind(config, state):
-        if len(bound.ours) > 1 or len(bound.theirs) > 1 or bound.ours[0] not in weights:
+        if bound.ours[0] not in weights or len(bound.theirs) > 1:
             continue
-        made, weight = bound.rule.to_theirs([weights[bound.ours[0]]], config)[0], weights[bound.ours[0]]
+        ours, theirs = [name.removesuffix(".weight") for name in bound.ours], bound.theirs[0].removesuffix(".weight")
+        if len(ours) > 1:
+            joined[theirs] = tuple(ours)
+            continue
+        weight = weights[bound.ours[0]]
+        made = bound.rule.to_theirs([weight], config)[0]
         if _same_memory(made, weight) or _same_memory(made.T, weight):
-            names[bound.ours[0].removesuffix(".weight")] = bound.theirs[0].removesuffix(".weight")
-    return names
+            names[ours[0]] = theirs
+    return names, joined
 
 
 def _task(model: nn.Module) -> str | None:

@@ -1,5 +1,5 @@
-"""BART (arXiv:1910.13461): the original Transformer with learnt positions (the table's first two rows are never read), a
-norm behind the embedding, GELU, biases everywhere, and a head that shares the embedding and has a bias.
+"""BART (arXiv:1910.13461): the original Transformer with learnt positions (the first two rows of a table are never read),
+a norm behind the embedding, GELU, biases everywhere, and a head that shares the embedding and has a bias.
 """
 
 import math
@@ -45,12 +45,16 @@ FIXED: dict[str, Any] = {
     "add_final_layer_norm": False,
     "normalize_before": False,
 }
-NOTES = frozenset("""
-    dropout activation_dropout classifier_dropout classif_dropout encoder_layerdrop decoder_layerdrop
-    force_bos_token_to_be_generated
-""".split())
-HOOKED = frozenset({"encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "scale_embedding", "num_hidden_layers"})
-SKIPPED = tuple(f"model.{stack}.{name}" for stack in ("encoder", "decoder") for name in ("embed_tokens.weight", "version"))
+NOTES = frozenset({
+    "dropout", "activation_dropout", "classifier_dropout", "classif_dropout", "encoder_layerdrop", "decoder_layerdrop",
+    "force_bos_token_to_be_generated",
+})  # fmt: skip
+HOOKED = frozenset(
+    {"encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "scale_embedding", "num_hidden_layers"}
+)
+SKIPPED = tuple(
+    f"model.{stack}.{name}" for stack in ("encoder", "decoder") for name in ("embed_tokens.weight", "version")
+)
 
 
 def fill(values: Values, json: Mapping[str, Any]) -> None:
@@ -98,7 +102,12 @@ WEIGHTS: tuple[tuple[str, str] | Rule, ...] = (
     ("model.shared.weight", "model.embed_tokens.weight"),
     *stack_weights("model.encoder", "encoder", cross=False),
     *stack_weights("model.decoder", "model", cross=True),
-    Rule(("final_logits_bias",), ("lm_head.bias",), lambda t, shapes, c: [t[0].reshape(shapes[0])], lambda t, c: [t[0][None]]),
+    Rule(
+        ("final_logits_bias",),
+        ("lm_head.bias",),
+        lambda t, shapes, c: [t[0].reshape(shapes[0])],
+        lambda t, c: [t[0][None]],
+    ),
 )
 BART = Family(
     name="bart",
@@ -109,7 +118,13 @@ BART = Family(
     fixed=FIXED | {"normalize_embedding": True, "static_position_embeddings": False, "extra_pos_embeddings": 2},
     harmless=NOTES,
     hooked=HOOKED,
-    absent={"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "forced_eos_token_id": 2},
+    absent={
+        "bos_token_id": 0,
+        "pad_token_id": 1,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 2,
+        "forced_eos_token_id": 2,
+    },
     rotary=False,
     finish=fill,
     shape=shape,

@@ -34,7 +34,8 @@ def first_encoder_layer(config: ModelConfig) -> LayerConfig:
     """The layer of which `config.json` says the encoder's sizes; `HanlinError` for a model without an encoder."""
     if not config.encoder:
         raise HanlinError(
-            f'The family "{config.family}" has an encoder beside its decoder; this model has none. Choose another family.'
+            f'The family "{config.family}" has an encoder beside its decoder; this model has none. '
+            "Choose another family."
         )
     return config.encoder[0]
 

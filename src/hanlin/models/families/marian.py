@@ -1,5 +1,5 @@
-"""The original Transformer (arXiv:1706.03762) in Marian's layout (arXiv:1804.00344): sinusoidal positions, norms behind the
-sums, biases everywhere, token vectors that encoder, decoder and head share, times the root of the width.
+"""The original Transformer (arXiv:1706.03762) in Marian's layout (arXiv:1804.00344): sinusoidal positions, norms behind
+the sums, biases everywhere, token vectors that encoder, decoder and head share, times the root of the width.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,8 @@ def shape(config: ModelConfig, json: Mapping[str, Any]) -> ModelConfig:
     size = count_of(json, "decoder_vocab_size", config.vocab_size)
     if size != config.vocab_size:
         raise HanlinError(
-            f'"decoder_vocab_size" is {size} and "vocab_size" {config.vocab_size}; Hanlin has one vocabulary for both sides.'
+            f'"decoder_vocab_size" is {size} and "vocab_size" {config.vocab_size}; '
+            "Hanlin has one vocabulary for both sides."
         )
     return bart.shape(config, json)
 

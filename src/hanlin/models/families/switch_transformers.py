@@ -1,6 +1,6 @@
-"""Switch Transformers (arXiv:2101.03961): T5 v1.0 with experts in every `encoder_sparse_step`-th layer of the encoder and
-every `decoder_sparse_step`-th of the decoder. A token goes to one expert, weighed by its softmax over all; an expert takes
-`expert_capacity` tokens of a row and gives zeros to the rest.
+"""Switch Transformers (arXiv:2101.03961): T5 v1.0 with experts in every `encoder_sparse_step`-th layer of the encoder
+and every `decoder_sparse_step`-th of the decoder. A token goes to one expert, weighed by its softmax over all; an expert
+takes `expert_capacity` tokens of a row and gives zeros to the rest.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,17 @@ from hanlin.models.config import ExpertsConfig, FeedForwardConfig, LayerConfig, 
 from hanlin.models.families.encoder_decoder import count_of, with_encoder
 from hanlin.models.families.family import Family, Values
 from hanlin.models.families.keys import Setting, known_activation
-from hanlin.models.families.t5 import ALWAYS, BUCKETS, DISTANCE, NOTES, SIZES, SKIPPED, all_weights, fill_positions, say_stacks
+from hanlin.models.families.t5 import (
+    ALWAYS,
+    BUCKETS,
+    DISTANCE,
+    NOTES,
+    SIZES,
+    SKIPPED,
+    all_weights,
+    fill_positions,
+    say_stacks,
+)
 from hanlin.models.families.weights import Rule, stacked
 
 Stack = tuple[LayerConfig, ...]
@@ -32,7 +42,9 @@ def is_sparse(index: int, step: int) -> bool:
 def shape(config: ModelConfig, json: Mapping[str, Any]) -> ModelConfig:
     """The encoder beside the decoder; in both, layers without experts get a plain feed-forward of the same sizes."""
     config = with_encoder(config, count_of(json, "num_layers", 12))
-    decoder, encoder = (_thin_out(stack, json, name) for stack, name in ((config.layers, "decoder"), (config.encoder, "encoder")))
+    decoder, encoder = (
+        _thin_out(stack, json, name) for stack, name in ((config.layers, "decoder"), (config.encoder, "encoder"))
+    )
     return replace(config, layers=decoder, encoder=encoder)
 
 
@@ -56,8 +68,8 @@ def _say_step(stack: Stack, name: str) -> dict[str, Any]:
             return {f"num_sparse_{name}_layers": sum(found), f"{name}_sparse_step": step}
     where = [index for index, sparse in enumerate(found) if sparse]
     raise HanlinError(
-        f'The family "switch_transformers" has experts in every n-th layer, from the second on; this {name} has them in '
-        f"the layers {where} of {len(stack)}."
+        f'The family "switch_transformers" has experts in every n-th layer, from the second on; this {name} has '
+        f"them in the layers {where} of {len(stack)}."
     )
 
 
@@ -81,7 +93,9 @@ SWITCH_TRANSFORMERS = Family(
         "d_ff": Setting(("feed_forward.hidden", "experts.hidden"), int, 2048),
         "num_heads": Setting(("attention.heads",), int, 12),
         "num_decoder_layers": Setting(("depth",), int, 12, nullable=True),
-        "dense_act_fn": Setting(("feed_forward.activation", "experts.activation"), str, "relu", convert=known_activation),
+        "dense_act_fn": Setting(
+            ("feed_forward.activation", "experts.activation"), str, "relu", convert=known_activation
+        ),
         "num_experts": Setting(("experts.count",), int, 8),
         "expert_capacity": Setting(("router.capacity",), int, 64),
         "router_bias": Setting(("router.bias",), bool, False),

@@ -1,7 +1,7 @@
-"""T5 (arXiv:1910.10683) and T5 v1.1 (arXiv:2002.05202): an encoder and a decoder with a learnt bias of distances, one table
-a stack, RMS norms in front, no biases, and scores q k that nothing divides.
+"""T5 (arXiv:1910.10683) and T5 v1.1 (arXiv:2002.05202): an encoder and a decoder with a learnt bias of distances, one
+table a stack, RMS norms in front, no biases, and scores q k that nothing divides.
 
-v1.0 has ReLU and a head that shares the embedding and reads hidden * width^-0.5; v1.1 has a gated GELU and a head of its own.
+v1.0 has ReLU and a head that shares the embedding and reads hidden * width^-0.5; v1.1 a gated GELU and a head of its own.
 "tie_word_embeddings" says both, since files of v1.1 say false there; "scale_decoder_outputs" says the factor alone.
 """
 
@@ -90,7 +90,9 @@ def describe(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def stack_weights(theirs: str, ours: str, feed_forward: Mapping[str, str], *, cross: bool) -> tuple[tuple[str, str], ...]:
+def stack_weights(
+    theirs: str, ours: str, feed_forward: Mapping[str, str], *, cross: bool
+) -> tuple[tuple[str, str], ...]:
     """The names of one stack. feed_forward: theirs -> ours, of its plain matrices."""
     block, layer = theirs + ".block.{}.layer.", ours + ".layers.{}."
     last = f"{block}{2 if cross else 1}."
@@ -134,7 +136,9 @@ T5 = Family(
     always=ALWAYS | {"feed_forward.gated": False},
     fixed={"is_encoder_decoder": True},
     harmless=NOTES,
-    hooked=frozenset({"num_layers", "feed_forward_proj", "dense_act_fn", "is_gated_act", "scale_decoder_outputs", BUCKETS, DISTANCE}),
+    hooked=frozenset(
+        {"num_layers", "feed_forward_proj", "dense_act_fn", "is_gated_act", "scale_decoder_outputs", BUCKETS, DISTANCE}
+    ),
     absent={"pad_token_id": 0, "eos_token_id": 1},
     rotary=False,
     finish=fill,
@@ -144,5 +148,10 @@ T5 = Family(
     skipped=SKIPPED,
 )
 T5_V11 = replace(
-    T5, name="t5-v1.1", model_type="t5", claims=is_gated, always=ALWAYS | {"feed_forward.gated": True}, weights=all_weights(GATED)
+    T5,
+    name="t5-v1.1",
+    model_type="t5",
+    claims=is_gated,
+    always=ALWAYS | {"feed_forward.gated": True},
+    weights=all_weights(GATED),
 )
