@@ -1,7 +1,7 @@
 """Every family as cases: a random tiny reference model with every parameter redrawn, and how to ask it for its numbers.
 
-The reference is transformers where it has the family, else an independent twin written for the test. A group of families
-has a file of cases (`cases_decoders.py` …) with a list `CASES`; `all_cases` gathers them.
+The reference is transformers where it has the family, else an independent twin written for the test. A group of
+families has a file of cases (`cases_decoders.py` …) with a list `CASES`; `all_cases` gathers them.
 """
 
 from collections.abc import Callable
@@ -14,12 +14,13 @@ import torch
 from tests.models.oracle import quiet, save_theirs
 from torch import Tensor, nn
 
-GROUPS = ("cases_llama", "cases_decoders", "cases_classic", "cases_chinese", "cases_experts", "cases_encoders", "cases_seq2seq")
+GROUPS = tuple(f"cases_{name}" for name in "llama decoders classic chinese experts encoders seq2seq".split())
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """ids (rows, T); source (rows, S) and valid (rows, S) for encoder-decoder models; segments (rows, T) for BERT's kind."""
+    """ids (rows, T); source (rows, S) and valid (rows, S) for encoder-decoder models; segments (rows, T) for BERT's
+    kind."""
 
     ids: Tensor
     source: Tensor | None = None
@@ -43,8 +44,8 @@ class Case:
 
     reference: what it is, for the table in the docs. call: its logits; hidden: its last hidden states (encoders). save:
     writes a model folder. reload: whether transformers can load what we save (a class exists). cached: whether text is
-    written token by token, after `prompt` of them in one piece. ours: more arguments for our forward pass, made from the
-    inputs. std: logits are wide enough.
+    written token by token, after `prompt` of them in one piece. ours: more arguments for our forward pass, made from
+    the inputs. std: logits are wide enough.
     """
 
     name: str
@@ -71,7 +72,7 @@ def reference_model(case: Case, *, seed: int = 0) -> nn.Module:
         model = case.build().eval()
     redraw_all(model)
     with torch.no_grad():
-        assert case.call(model, inputs_of(case)).std() >= 0.5, f"{case.name}: the logits are too narrow to prove anything"
+        assert case.call(model, inputs_of(case)).std() >= 0.5, f"{case.name}: logits too narrow to prove anything"
     return model
 
 

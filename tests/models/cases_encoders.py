@@ -95,7 +95,12 @@ CASES = [
     case("bert-bare", partial(build, BertModel, BertConfig, SIZES, add_pooling_layer=False), reload=None, bare=True),
     case("roberta", roberta(layer_norm_eps=1e-5)),
     case("roberta-pad-0", roberta(pad_token_id=0, type_vocab_size=2, hidden_act="gelu_new"), "segments"),
-    case("roberta-bare", partial(build, RobertaModel, RobertaConfig, SIZES, add_pooling_layer=False), reload=None, bare=True),
+    case(
+        "roberta-bare",
+        partial(build, RobertaModel, RobertaConfig, SIZES, add_pooling_layer=False),
+        reload=None,
+        bare=True,
+    ),
     case("xlnet", xlnet(), reload="XLNetLMHeadModel"),
     case("xlnet-segments", xlnet(ff_activation="relu"), "segments", reload="XLNetLMHeadModel"),
     case("xlnet-uni", xlnet(attn_type="uni", tie_word_embeddings=False), reload="XLNetLMHeadModel"),

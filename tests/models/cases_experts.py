@@ -75,17 +75,24 @@ CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "llama4": (
         Llama4TextConfig,
-        {"num_hidden_layers": 4, "head_dim": 16, "intermediate_size": 32, "intermediate_size_mlp": 80, "moe_layers": [1, 2, 3],
-         "num_local_experts": 6, "attention_chunk_size": 8, "floor_scale": 4, "attn_scale": 0.5, "pad_token_id": 0},
+        {"num_hidden_layers": 4, "head_dim": 16, "intermediate_size": 32, "intermediate_size_mlp": 80,
+         "moe_layers": [1, 2, 3], "num_local_experts": 6, "attention_chunk_size": 8, "floor_scale": 4, "attn_scale": 0.5, "pad_token_id": 0},
     ),
     "llama4-maverick": (
         Llama4TextConfig,
         {"num_hidden_layers": 4, "head_dim": 24, "intermediate_size": 32, "intermediate_size_mlp": 80,
          "interleave_moe_layer_step": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "use_qk_norm": False,
          "no_rope_layers": [1, 0, 1, 0], "attention_chunk_size": 9, "attn_temperature_tuning": False,
-         "attention_bias": True, "pad_token_id": 0,
+         "pad_token_id": 0,
          "rope_parameters": {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0,
                              "high_freq_factor": 4.0, "original_max_position_embeddings": 16}},
+    ),
+    # positions in all layers: without them a bias of the keys has no gradient
+    "llama4-biases": (
+        Llama4TextConfig,
+        {"num_hidden_layers": 2, "head_dim": 16, "intermediate_size_mlp": 80, "moe_layers": [1], "num_local_experts": 4,
+         "attention_chunk_size": 7, "attention_bias": True, "layer_types": ["full_attention", "chunked_attention"],
+         "pad_token_id": 0},
     ),
     "gpt-oss": (
         GptOssConfig,

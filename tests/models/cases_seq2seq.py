@@ -37,7 +37,7 @@ def build(kind: Any, settings: dict[str, Any], *, head: bool = True) -> nn.Modul
 
 
 def build_wide(kind: Any, settings: dict[str, Any]) -> nn.Module:
-    """T5 divides what its tied head reads by the root of the width, so its token vectors are as much wider (`widen`)."""
+    """T5 divides what its tied head reads by the root of the width: its token vectors are as much wider (`widen`)."""
     model = build(kind, settings)
     model.is_narrow = True
     return model

@@ -9,10 +9,10 @@ from tests.models.gaps import cached_gap, forward_gap, gradient_gap, reload_gap
 
 INTRO = """# Parity: every family beside its reference
 
-Random tiny models with every parameter redrawn (norms 1 ± 0.1, biases N(0, 0.1), matrices N(0, 1/fan-in)), the same folder
-loaded by the reference and by Hanlin. Largest absolute difference of the logits (encoders: of the hidden states too), the
-largest relative difference of a gradient in fp64, cached decoding against the whole pass, and our weights loaded by
-transformers ("back"; a dash where it has no class, or where nothing is decoded). Made by
+Random tiny models with every parameter redrawn (norms 1 ± 0.1, biases N(0, 0.1), matrices N(0, 1/fan-in)), the same
+folder loaded by the reference and by Hanlin. Largest absolute difference of the logits (encoders: of the hidden states
+too), the largest relative difference of a gradient in fp64, cached decoding against the whole pass, and our weights
+loaded by transformers ("back"; a dash where it has no class, or where nothing is decoded). Made by
 `python -m tests.models.parity_table`, checked by `tests/models/test_families.py` (bounds 5e-5, 1e-9, 1e-4, 2e-5, 5e-5).
 
 | case | family | reference | fp32 | fp64 | gradients | cached | back |

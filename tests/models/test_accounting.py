@@ -26,7 +26,7 @@ def ours(request, tmp_path_factory) -> tuple:
 
 
 def test_parameters_are_those_of_the_built_model(ours):
-    case, model = ours
+    _, model = ours
     counted = model.config.parameters()
     assert counted.total == model.parameter_count(), counted.parts
     experts = [layer for layer in model.config.layers if isinstance(layer.feed_forward, ExpertsConfig)]
@@ -36,7 +36,7 @@ def test_parameters_are_those_of_the_built_model(ours):
 def test_cache_bytes_are_those_of_the_cache(ours):
     from hanlin.engine.cache import ContiguousCache
 
-    case, model = ours
+    _, model = ours
     cache = ContiguousCache(model.config, slots=1, capacity=8, dtype=torch.float32)
     held = sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
     assert model.config.kv_bytes_per_token(4) == held / cache.room
@@ -65,7 +65,7 @@ def test_flops_are_those_that_torch_counts(ours, monkeypatch):
 
 @pytest.mark.parametrize(
     "mask",
-    [Causal(), Bidirectional(), Causal() & Window(5), Causal() & Window(99), Causal() & Chunk(4), Causal() & Dilated(3)],
+    [Causal(), Bidirectional(), *(Causal() & part for part in (Window(5), Window(99), Chunk(4), Dilated(3)))],
     ids=str,
 )
 def test_pairs_are_counted_one_by_one(mask):
@@ -97,7 +97,8 @@ def test_windows_and_experts_are_counted_by_hand():
 
 def test_modules_that_predict_ahead_are_counted():
     config = ModelConfig.uniform(
-        "llama", depth=2, attention=AttentionConfig(4, 2, 8), feed_forward=FeedForwardConfig(48), vocab_size=61, width=32
-    )
+        "llama", depth=2, attention=AttentionConfig(4, 2, 8), feed_forward=FeedForwardConfig(48), vocab_size=61,
+        width=32,
+    )  # fmt: skip
     config = replace(config, predict_ahead=2)
     assert config.parameters().total == Transformer(config).parameter_count()

@@ -7,8 +7,8 @@ import torch
 from tests.models.oracle import load_theirs, logits_of, some_ids
 
 from hanlin.cli import main
-from hanlin.models import load_model
 from hanlin.cli.model import FAMILIES
+from hanlin.models import load_model
 from hanlin.tokens import Tokenizer
 
 SIZE = ["--layers", "2", "--width", "32", "--heads", "4", "--kv-heads", "2", "--max-positions", "64"]

@@ -108,8 +108,8 @@ def test_a_pooler_is_read_and_written(kind, config, tmp_path):
 
 @torch.no_grad()
 def test_files_of_the_first_years_are_read(tmp_path):
-    """Google's BERT on the hub: gamma and beta, the tied matrix and its bias stored again, position ids, the pooler in a
-    file that calls itself BertForMaskedLM."""
+    """Google's BERT on the hub: gamma and beta, the tied matrix and its bias stored again, position ids, the pooler in
+    a file that calls itself BertForMaskedLM."""
     theirs = redrawn(BertForPreTraining(BertConfig(**SIZES)))
     save_theirs(theirs, tmp_path)
     weights = load_file(tmp_path / "model.safetensors")

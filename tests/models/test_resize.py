@@ -34,7 +34,8 @@ def test_new_rows_begin_as_asked_and_old_logits_stay(tied, how, tmp_path):
     resize_token_embeddings(model, 53, **more)
     rows = {"pieces": pieces, "copy": [[7], [7], [2]], "mean": [list(range(50))] * 3}[how]
     for number, sources in enumerate(rows):
-        for found, was in ((model.model.embed_tokens.weight, old), (model.lm_head.weight, head), (model.lm_head.bias, bias)):
+        now = (model.model.embed_tokens.weight, model.lm_head.weight, model.lm_head.bias)
+        for found, was in zip(now, (old, head, bias), strict=True):
             torch.testing.assert_close(found[50 + number], sum(was[i] for i in sources) / len(sources))
     after = model(ids).logits
     assert after.shape[-1] == 53 and torch.equal(after[..., :50], before)

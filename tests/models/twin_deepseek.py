@@ -1,5 +1,5 @@
-"""DeepSeekMoE from its report (arXiv:2401.06066, equations 3 to 11) and the names and keys of its published files: every
-token and every one of its experts by itself."""
+"""DeepSeekMoE from its report (arXiv:2401.06066, equations 3 to 11) and the names and keys of its published files:
+every token and every one of its experts by itself."""
 
 from typing import Any
 
@@ -28,7 +28,8 @@ class DeepseekTwin(Twin):
         for i in range(c["num_hidden_layers"]):
             h = f"model.layers.{i}."
             shapes |= {f"{h}input_layernorm.weight": (width,), f"{h}post_attention_layernorm.weight": (width,)}
-            for name, heads in (("q", c["num_attention_heads"]), ("k", c["num_key_value_heads"]), ("v", c["num_key_value_heads"])):
+            for name in "qkv":
+                heads = c["num_attention_heads" if name == "q" else "num_key_value_heads"]
                 shapes[f"{h}self_attn.{name}_proj.weight"] = (heads * D, width)
                 if c["attention_bias"]:
                     shapes[f"{h}self_attn.{name}_proj.bias"] = (heads * D,)

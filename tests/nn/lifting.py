@@ -1,4 +1,4 @@
-"""transformers computes parts of its routers in fp32 whatever the weights are."""
+"""transformers computes parts of its models (norms, routers, angles) in fp32 whatever the weights are."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -226,7 +226,8 @@ def test_soft_cap_and_sinks_equal_loops():
     for row in range(2):
         for head in range(4):
             for i in range(9):
-                logits = [1.5 * math.tanh(0.7 * float(q[row, head, i] @ k[row, head // 2, j]) / 1.5) for j in range(i + 1)]
+                dots = [float(q[row, head, i] @ k[row, head // 2, j]) for j in range(i + 1)]
+                logits = [1.5 * math.tanh(0.7 * dot / 1.5) for dot in dots]
                 total = sum(math.exp(s) for s in logits) + math.exp(float(sinks[head]))
                 expected = sum(math.exp(s) / total * v[row, head // 2, j] for j, s in enumerate(logits))
                 torch.testing.assert_close(out[row, head, i], expected, **TOLERANCE)

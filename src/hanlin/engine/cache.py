@@ -9,8 +9,9 @@ A latent cache (MLA) has no values of its own: they are the first numbers of its
 same calls.
 
 How a step attends, by measurement (fp32 and bf16, 1–8 rows, 64–2,000 keys, one core): a prompt that nothing came
-before is self-attention; otherwise one call of SDPA in which the query heads of a key head are rows of one tile, so
-that keys are read once. For one new token in bf16 plain grouped heads took 4–10 times as long, two products and a
+before is self-attention; one new token a row goes to `kernels.attention`, which writes and attends in one call of 10 us
+where SDPA alone took 23; otherwise it is one call of SDPA in which the query heads of a key head are rows of one tile,
+so that keys are read once. For one new token in bf16 plain grouped heads took 4–10 times as long, two products and a
 softmax up to 2.6 times. A mask costs under 5 %.
 """
 
@@ -202,6 +203,8 @@ class _Step:
                 index = torch.arange(begin, end, device=self.positions.device)
                 shown = mask.dense(self.positions[:1] if self._level else self.positions, index)
                 if not (self._new == 1 and self._level and bool(shown.all())):
-                    bias = torch.zeros(shown.shape, dtype=dtype, device=index.device).masked_fill_(~shown, float("-inf"))
+                    bias = torch.zeros(shown.shape, dtype=dtype, device=index.device).masked_fill_(
+                        ~shown, float("-inf")
+                    )
             self._biases[mask] = begin, bias
         return self._biases[mask]

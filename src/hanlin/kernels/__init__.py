@@ -6,6 +6,6 @@
     attention  one new token a sequence over the cache
 
 They compute fp32 and bf16 without gradients. An operation returns None where it cannot be used (another dtype or
-device, no compiler, `HANLIN_KERNELS=off`), and its caller goes on with torch. Sums run in fp32, and a row's result depends on
-nothing but the row: not on the other rows of the batch, nor on the threads.
+device, no compiler, `HANLIN_KERNELS=off`), and its caller goes on with torch. Sums run in fp32, and a row's result
+depends on nothing but the row: not on the other rows of the batch, nor on the threads.
 """

@@ -16,7 +16,7 @@ from hanlin.kernels.library import INTEGER, POINTER, REAL, function
 class Decode(ctypes.Structure):
     """As in native/attention.cpp."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("lengths", POINTER),
         *((name, INTEGER) for name in ("rows", "slot", "room", "heads", "kv_heads", "width", "value_width", "window")),
         ("scale", REAL),
@@ -39,8 +39,9 @@ class DecodeStep:
         self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, *, scale: float, window: int
     ) -> Tensor | None:
         """Write k, v (rows, 1, kv_heads, D) into keys, values (slots, kv_heads, room, D) and let q (rows, 1, heads, D)
-        attend to all that its sequence then holds, or to the last `window` of it (0: all) -> (rows, 1, heads, value width).
-        None, and nothing written, where the kernel cannot do it."""
+        attend to all that its sequence then holds, or to the last `window` of it (0: all).
+
+        Returns (rows, 1, heads, value width), or None, and nothing written, where the kernel cannot do it."""
         run = function("attend", q.dtype)
         heads, width = q.shape[2:]
         kv_heads, room = keys.shape[1:3]

@@ -15,7 +15,7 @@ from hanlin.kernels.library import INTEGER, POINTER, function, library
 class Matrix(ctypes.Structure):
     """As in native/linear.cpp."""
 
-    _fields_ = [("packed", POINTER), ("bias", POINTER), ("inputs", INTEGER), ("outputs", INTEGER)]  # noqa: RUF012
+    _fields_ = [("packed", POINTER), ("bias", POINTER), ("inputs", INTEGER), ("outputs", INTEGER)]
 
 
 class PackedProduct:

@@ -46,8 +46,8 @@ def load_model(
     """The model in `path`, in evaluation mode. dtype "auto": as saved (what `config.json` says, else that of the stored
     weights). device "auto": CUDA if there is one, else CPU.
 
-    Heads that were saved with it (`nn.heads`) are its children again. A missing, superfluous or wrongly shaped weight is a
-    `HanlinError` with its name.
+    Heads that were saved with it (`nn.heads`) are its children again. A missing, superfluous or wrongly shaped weight
+    is a `HanlinError` with its name.
     """
     folder, json = _read_config(path)
     config = load_config(folder)

@@ -2,8 +2,8 @@
 
     {"judge": {"kind": "sequence_classifier", "width": 64, "labels": 3, "pooling": "cls", ...}}     tensors "judge.NAME"
 
-Description and weights are one file, so that a reader never finds one without the other. `save_model` writes the heads that
-are children of a `Transformer` (`model.judge = SequenceClassifier(...)`), `load_model` puts them back.
+Description and weights are one file, so that a reader never finds one without the other. `save_model` writes the heads
+that are children of a `Transformer` (`model.judge = SequenceClassifier(...)`), `load_model` puts them back.
 """
 
 import json

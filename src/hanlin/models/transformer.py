@@ -27,7 +27,6 @@ from hanlin.nn.multi_token import MultiTokenPrediction
 from hanlin.nn.relative_attention import RelativeAttention
 from hanlin.nn.routing import Router, Routing
 
-
 OWN_INIT = (Router, Experts, RelativeAttention)
 
 

@@ -106,8 +106,9 @@ def load_lora(model: nn.Module, path: str | os.PathLike[str], *, dtype: torch.dt
         module = found[1] if found else key
         if module in joined:
             raise HanlinError(
-                f"{folder / WEIGHTS}: {key!r} adapts a weight that is several layers here ({', '.join(joined[module])}), "
-                "which Hanlin does not take apart. Merge it with PEFT (`merge_and_unload`) and load the merged model."
+                f"{folder / WEIGHTS}: {key!r} adapts a weight that is several layers here "
+                f"({', '.join(joined[module])}), which Hanlin does not take apart. Merge it with PEFT "
+                "(`merge_and_unload`) and load the merged model."
             )
         if found is None or module not in ours:
             near = get_close_matches(module, ours, n=1)

@@ -1,5 +1,5 @@
-"""BART (arXiv:1910.13461): the original Transformer with learnt positions (the first two rows of a table are never read),
-a norm behind the embedding, GELU, biases everywhere, and a head that shares the embedding and has a bias.
+"""BART (arXiv:1910.13461): the original Transformer with learnt positions (the first two rows of a table are never
+read), a norm behind the embedding, GELU, biases everywhere, and a head that shares the embedding and has a bias.
 """
 
 import math

@@ -44,10 +44,12 @@ ENCODER: dict[str, Any] = {
 }
 # Untied, the bias that files hold twice would be two biases.
 FIXED = {"tie_word_embeddings": True, "position_embedding_type": "absolute"}
-NOTES = frozenset("""
+NOTES = frozenset(
+    """
     hidden_dropout_prob attention_probs_dropout_prob classifier_dropout output_past directionality pooler_fc_size
     pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type
-""".split())
+""".split()
+)
 BLOCK = "model.layers.{}."
 
 
@@ -77,9 +79,7 @@ BERT = Family(
     also=("BertForPreTraining",),
     common=SIZES,
     settings={
-        "hidden_act": Setting(
-            ("feed_forward.activation", "head.transform"), str, "gelu", convert=known_activation
-        ),
+        "hidden_act": Setting(("feed_forward.activation", "head.transform"), str, "gelu", convert=known_activation),
     },
     always=ENCODER,
     fixed=FIXED,

@@ -1,7 +1,7 @@
 """T5 (arXiv:1910.10683) and T5 v1.1 (arXiv:2002.05202): an encoder and a decoder with a learnt bias of distances, one
 table a stack, RMS norms in front, no biases, and scores q k that nothing divides.
 
-v1.0 has ReLU and a head that shares the embedding and reads hidden * width^-0.5; v1.1 a gated GELU and a head of its own.
+v1.0 has ReLU and a head that shares the embedding and reads hidden * width^-0.5; v1.1 a gated GELU and its own head.
 "tie_word_embeddings" says both, since files of v1.1 say false there; "scale_decoder_outputs" says the factor alone.
 """
 

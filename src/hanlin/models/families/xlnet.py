@@ -28,16 +28,14 @@ def finish(values: Values, json: Mapping[str, Any]) -> None:
         raise HanlinError(
             f'"n_head" {heads} times "d_head" {head_dim} must be "d_model" {width}; transformers reads no others.'
         )
-    clamp = json.get("clamp_len", -1)
-    if not isinstance(clamp, int) or clamp > 0:
+    clamp = json.get("clamp_len")
+    if clamp is not None and (not isinstance(clamp, int) or clamp > 0):
         raise HanlinError(f'"clamp_len" is {clamp!r}; Hanlin computes XLNet without a limit of distances, -1.')
 
 
 def per_head(theirs: str, ours: str) -> Rule:
     """Theirs (width, heads, head_dim), which reads the width; ours (heads * head_dim, width)."""
-    return Rule(
-        (theirs,), (ours,), lambda t, shapes, c: [t[0].flatten(1).T], lambda t, c: [_split_heads(t[0].T, c)]
-    )
+    return Rule((theirs,), (ours,), lambda t, shapes, c: [t[0].flatten(1).T], lambda t, c: [_split_heads(t[0].T, c)])
 
 
 def per_head_out(theirs: str, ours: str) -> Rule:
