@@ -19,7 +19,7 @@ from transformers.models.qwen3_moe import Qwen3MoeConfig
 
 LOOP = {"experts_implementation": "eager"}  # expert by expert: the plainest that transformers has
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8}
-DEEP_YARN = YARN | {"rope_theta": 10_000.0, "beta_fast": 32, "beta_slow": 1}
+DEEP_YARN = YARN | {"rope_theta": 10_000.0, "beta_fast": 4, "beta_slow": 0.1}
 LATENT = {
     "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8,
     "v_head_dim": 20, "n_routed_experts": 12, "moe_intermediate_size": 16, "num_experts_per_tok": 3,
@@ -76,7 +76,8 @@ CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama4": (
         Llama4TextConfig,
         {"num_hidden_layers": 4, "head_dim": 16, "intermediate_size": 32, "intermediate_size_mlp": 80,
-         "moe_layers": [1, 2, 3], "num_local_experts": 6, "attention_chunk_size": 8, "floor_scale": 4, "attn_scale": 0.5, "pad_token_id": 0},
+         "moe_layers": [1, 2, 3], "pad_token_id": 0, "num_local_experts": 6, "attention_chunk_size": 8,
+         "floor_scale": 4, "attn_scale": 0.5},
     ),
     "llama4-maverick": (
         Llama4TextConfig,
@@ -97,7 +98,7 @@ CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "gpt-oss": (
         GptOssConfig,
         {"num_local_experts": 6, "num_experts_per_tok": 3, "head_dim": 24, "sliding_window": 6, "swiglu_limit": 0.7,
-         "rope_parameters": YARN | {"rope_theta": 150_000.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}},
+         "rope_parameters": YARN | {"rope_theta": 150_000.0, "beta_fast": 4.0, "beta_slow": 0.1, "truncate": False}},
     ),
     "gpt-oss-plain": (
         GptOssConfig,

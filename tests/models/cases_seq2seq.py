@@ -101,7 +101,7 @@ def case(name: str, family: str, build: Any, **more: Any) -> Case:
 
 GATED = T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 SILU = GATED | {"feed_forward_proj": "gated-silu"}
-NO_EXPERTS_THERE = {"encoder_sparse_step": 1, "decoder_sparse_step": 0, "dense_act_fn": "gelu"}
+NONE_AND_ALL = {"encoder_sparse_step": 0, "decoder_sparse_step": 1, "dense_act_fn": "gelu"}
 ORIGINAL = {
     "d_model": 32, "encoder_layers": 6, "decoder_layers": 6, "encoder_attention_heads": 4, "encoder_ffn_dim": 72,
     "activation_function": "relu", "scale_embedding": True,
@@ -136,7 +136,7 @@ CASES = [
     switch("switch"),
     # What an expert takes counts in each piece that a cache reads: only what is read in one piece is the whole.
     switch("switch-capacity", expert_capacity=3, router_bias=True, cached=False),
-    switch("switch-all-and-none", **NO_EXPERTS_THERE),
+    switch("switch-none-and-all", **NONE_AND_ALL),
     bart("bart"),
     bart("bart-scaled", scale_embedding=True, activation_function="relu"),
     case("bart-no-head", "bart", partial(build, BartConfig, BART, head=False), **NO_HEAD),

@@ -18,6 +18,10 @@ def layers_of(model: Transformer) -> list[Any]:
     return [*model.encoder.layers, *model.model.layers]
 
 
+def stacks_of(model: Transformer) -> list[Any]:
+    return [model.encoder, model.model]
+
+
 def head(**changes: Any) -> Mutant:
     def spoil(model: Transformer) -> None:
         assert model.config.head is not None
@@ -57,12 +61,13 @@ def turn_bias(stack: str) -> Mutant:
 
 
 def widen_buckets(model: Transformer) -> None:
-    for stack in (model.encoder, model.model):
-        stack.relative_bias.max_distance *= 2  # type: ignore[union-attr]
+    for stack in stacks_of(model):
+        stack.relative_bias.max_distance *= 2
 
 
 def share_bias(model: Transformer) -> None:
-    model.model.relative_bias.embedding.weight = model.encoder.relative_bias.embedding.weight  # type: ignore[union-attr]
+    encoder, decoder = stacks_of(model)
+    decoder.relative_bias.embedding.weight = encoder.relative_bias.embedding.weight
 
 
 def see_padding(model: Transformer) -> None:
@@ -104,7 +109,7 @@ def stacks(name: str, value: Any) -> Mutant:
     """One attribute of both stacks."""
 
     def spoil(model: Transformer) -> None:
-        for stack in (model.encoder, model.model):
+        for stack in stacks_of(model):
             setattr(stack, name, value)
 
     return spoil
@@ -112,8 +117,8 @@ def stacks(name: str, value: Any) -> Mutant:
 
 def shift_positions(model: Transformer) -> None:
     """BART's positions begin one row too early."""
-    for stack in (model.encoder, model.model):
-        stack.embed_positions.offset -= 1  # type: ignore[union-attr]
+    for stack in stacks_of(model):
+        stack.embed_positions.offset -= 1
 
 
 def share_positions(model: Transformer) -> None:
@@ -122,9 +127,9 @@ def share_positions(model: Transformer) -> None:
 
 
 def interleave_positions(model: Transformer) -> None:
-    for stack in (model.encoder, model.model):
-        stack.embed_positions.layout = "interleaved"  # type: ignore[union-attr]
-        stack.embed_positions._tables.clear()  # type: ignore[union-attr]
+    for stack in stacks_of(model):
+        stack.embed_positions.layout = "interleaved"
+        stack.embed_positions._tables.clear()
 
 
 def swap_norms(model: Transformer) -> None:

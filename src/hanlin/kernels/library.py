@@ -45,6 +45,8 @@ ARGUMENTS = {  # of the C functions
     "train_norm_backward": (POINTER, *(INTEGER,) * 4, POINTER, POINTER, POINTER, POINTER, POINTER),
     "train_turn": (POINTER, *(INTEGER,) * 4, POINTER, POINTER, INTEGER, INTEGER, REAL, POINTER),
     "train_widen": (POINTER, INTEGER, INTEGER, POINTER),
+    "train_attention": (POINTER,) * 7,
+    "train_attention_backward": (POINTER,) * 11,
     "cross_entropy": (POINTER, POINTER, INTEGER, INTEGER, REAL, REAL, INTEGER, POINTER),
 }
 SHORT = ("rms_norm", "rotate", "swiglu")

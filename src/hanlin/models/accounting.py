@@ -127,13 +127,16 @@ def count_flops(
 
 
 def training_flops_per_token(config: ModelConfig, length: int) -> float:
-    """Forward and backward FLOPs of one token in a sequence of `length` (see `ModelConfig.flops_per_token`)."""
+    """Forward and backward FLOPs of one token in a sequence of `length` (see `ModelConfig.flops_per_token`), whose
+    source is as long where there is an encoder."""
     matmul = config.vocab_size * config.width if config.head is not None else 0
     attention = 0
     for layer in (*config.layers, *config.encoder):
         matmul += sum(p.active * p.into * p.out for p in layer_products(config, layer))
         heads, key, value = _widths(layer.attention)
         attention += heads * (key + value) * min(length, layer.attention.window or length)
+        if (cross := layer.cross_attention) is not None:
+            attention += 2 * cross.heads * cross.head_dim * length
     return 6.0 * matmul + 6.0 * attention
 
 

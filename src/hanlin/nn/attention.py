@@ -132,8 +132,9 @@ class Attention(PackedLinear):
         if self.l2_norm is not None:
             q, k = _unit(q, self.l2_norm), _unit(k, self.l2_norm)
         if self.query_scale is not None and positions is not None:
-            exact = positions.to(q.dtype) if q.dtype == torch.float64 else positions  # a model in fp64 is fp64 throughout
-            q = q * self.query_scale(exact).to(q.dtype)[:, :, None, None]
+            if q.dtype == torch.float64:  # then the factors are, too
+                positions = positions.double()
+            q = q * self.query_scale(positions).to(q.dtype)[:, :, None, None]
         scores = self.scores if self.sinks is None else replace(self.scores, sinks=self.sinks)
         if cache is not None:
             if isinstance(mask, Mask):

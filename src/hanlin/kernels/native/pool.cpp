@@ -2,7 +2,8 @@
 //
 // Nobody is handed a piece: the caller and the helpers take parts from one counter, so a helper that sleeps, or whose
 // core does something else, costs nothing. Helpers spin for a moment after a job, because the next product of a token
-// comes soon, and then sleep; to wake one costs the caller 25 us (measured in a virtual machine). A process that was forked has no helpers, and its callers do all parts.
+// comes soon, and then sleep; to wake one costs the caller 25 us (measured in a virtual machine). A forked process begins
+// without helpers, and its callers do all parts.
 //
 // OpenMP's pool is not used: it waits at a barrier for every thread, and libgomp stops spinning when the threads of all
 // its pools (each calling thread has one) outnumber the cores.
@@ -17,6 +18,9 @@
 #include <mutex>
 #include <thread>
 
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -26,8 +30,8 @@ namespace {
 
 constexpr auto SPIN = std::chrono::milliseconds(2);  // a step's sampling and Python lie between two products
 
-// Waiting for microseconds. Now and then the core is offered to whoever else wants it: to the very thread that is waited
-// for, when other programs keep the cores busy.
+// Waiting for microseconds. Now and then the core is offered to whoever else wants it: to the very thread that is
+// waited for, when other programs keep the cores busy.
 inline void breathe(unsigned spins) {
 #if defined(__x86_64__)
     _mm_pause();
@@ -72,10 +76,14 @@ struct Pool {
     }
 };
 
-Pool& pool() {
+Pool*& current() {
     static Pool* only = new Pool;  // never destroyed: helpers may still look at it when the process ends
-    return *only;
+    return only;
 }
+
+Pool& pool() { return *current(); }
+
+void forget() { current() = new Pool; }  // in a forked process: locks may be held by threads that do not exist there
 
 }  // namespace
 
@@ -106,5 +114,9 @@ void share(Part run, const void* job, int parts, bool large) {
 extern "C" void hanlin_threads(int count) {
     hanlin::Pool& p = hanlin::pool();
     std::lock_guard<std::mutex> alone(p.owner);
+#if defined(__unix__) || defined(__APPLE__)
+    static const int registered = pthread_atfork(nullptr, nullptr, hanlin::forget);
+    (void)registered;
+#endif
     for (; p.helpers < count - 1; p.helpers++) std::thread([&p] { p.serve(); }).detach();
 }

@@ -47,7 +47,7 @@ FIXED: dict[str, Any] = {
 }
 NOTES = frozenset({
     "dropout", "activation_dropout", "classifier_dropout", "classif_dropout", "encoder_layerdrop", "decoder_layerdrop",
-    "force_bos_token_to_be_generated",
+    "force_bos_token_to_be_generated", "output_past", "_num_labels",
 })  # fmt: skip
 HOOKED = frozenset(
     {"encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "scale_embedding", "num_hidden_layers"}
@@ -76,6 +76,7 @@ def describe(config: ModelConfig) -> dict[str, Any]:
     layer = first_encoder_layer(config)
     assert isinstance(layer.attention, AttentionConfig)
     return {
+        "is_encoder_decoder": True,
         "encoder_layers": len(config.encoder),
         "encoder_attention_heads": layer.attention.heads,
         "encoder_ffn_dim": layer.feed_forward.hidden,

@@ -2,8 +2,8 @@
 whether sentence B follows sentence A.
 
 Token, position and segment vectors are summed and normed; norms stand behind the sums; a dense layer with GELU and norm
-in front of the output matrix, which is the embedding. The head for sentence pairs is kept as `model.next_sentence`, a pooler
-without it as `model.pooler` (`nn.heads`).
+stands in front of the output matrix, which is the embedding. The head for sentence pairs is kept as
+`model.next_sentence`, a pooler without it as `model.pooler` (`nn.heads`).
 """
 
 from typing import Any
@@ -44,12 +44,11 @@ ENCODER: dict[str, Any] = {
 }
 # Untied, the bias that files hold twice would be two biases.
 FIXED = {"tie_word_embeddings": True, "position_embedding_type": "absolute"}
-NOTES = frozenset(
-    """
+_NOTES = """
     hidden_dropout_prob attention_probs_dropout_prob classifier_dropout output_past directionality pooler_fc_size
     pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type
-""".split()
-)
+"""
+NOTES = frozenset(_NOTES.split())
 BLOCK = "model.layers.{}."
 
 

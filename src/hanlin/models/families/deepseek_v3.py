@@ -29,7 +29,7 @@ def describe(config: ModelConfig) -> dict[str, Any]:
 
 
 def behind_the_last_layer(name: str, config: ModelConfig) -> str:
-    """The modules that predict ahead stand in the files as further layers, their last norm beside a copy of the head."""
+    """The modules that predict ahead stand in the files as further layers, their last norm beside the head."""
     found = AHEAD.fullmatch(name)
     if found is None:
         return name

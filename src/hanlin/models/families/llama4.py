@@ -29,6 +29,10 @@ from hanlin.models.families.windows import FULL, Windows
 
 CHUNKED = "chunked_attention"
 HIDDEN, SIZE = 16384, 8192  # units of a dense feed-forward; tokens of a chunk, and until the temperature rises
+HOOKED = frozenset(
+    {"moe_layers", "interleave_moe_layer_step", "use_qk_norm", "no_rope_layers", "no_rope_layer_interval"}
+    | {"attention_chunk_size", "attn_temperature_tuning", "floor_scale", "attn_scale"}
+)
 FEED_FORWARD, EXPERTS = "feed_forward", ("gate_up_proj", "down_proj")
 
 
@@ -123,10 +127,7 @@ LLAMA4 = Family(
         "experts.scale_input": True,
     },
     harmless=ROUTER_NOTES | {"router_jitter_noise", "for_llm_class"},
-    hooked=frozenset(
-        "moe_layers interleave_moe_layer_step use_qk_norm no_rope_layers no_rope_layer_interval attention_chunk_size "
-        "attn_temperature_tuning floor_scale attn_scale".split()
-    ),
+    hooked=HOOKED,
     absent={"bos_token_id": 1, "eos_token_id": 2},
     windows=Windows("hooked"),
     rope_default=500_000.0,

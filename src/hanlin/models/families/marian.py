@@ -28,7 +28,8 @@ def shape(config: ModelConfig, json: Mapping[str, Any]) -> ModelConfig:
 
 def describe(config: ModelConfig) -> dict[str, Any]:
     """BART's keys, and the one vocabulary."""
-    return bart.describe(config) | {"decoder_vocab_size": config.vocab_size}
+    shared = {"decoder_vocab_size": config.vocab_size, "share_encoder_decoder_embeddings": True}
+    return bart.describe(config) | shared
 
 
 MARIAN = replace(

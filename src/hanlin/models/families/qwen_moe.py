@@ -1,4 +1,4 @@
-"""Qwen2-MoE (arXiv:2407.10671) and Qwen3-MoE (arXiv:2505.09388): small experts in all layers, or in every n-th, or in all
+"""Qwen2-MoE (arXiv:2407.10671) and Qwen3-MoE (arXiv:2505.09388): small experts in all layers, in every n-th, or in all
 but some. Qwen2-MoE has one more expert that every token goes through, scaled by a sigmoid of the token."""
 
 from collections.abc import Callable, Mapping

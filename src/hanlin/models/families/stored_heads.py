@@ -1,7 +1,7 @@
 """Heads that the files of a family hold beside the language model: BERT's pooler and its judge of sentence pairs.
 
-Where a file holds all weights of such a head, the loaded model has it as a child of that name, and saving gives it back.
-Other heads (`nn.heads`) are saved in a file of their own, see `models.heads_file`.
+Where a file holds all weights of such a head, the loaded model has it as a child of that name, and saving gives it
+back. Other heads (`nn.heads`) are saved in a file of their own, see `models.heads_file`.
 """
 
 from collections.abc import Callable, Collection
@@ -16,8 +16,8 @@ from hanlin.models.families.weights import Rule, renamed
 
 @dataclass(frozen=True)
 class StoredHead:
-    """name: of the child of a `Transformer`; kind: its class, made from the width; weights: (their name, our name within
-    the child). architecture: what files call a language model that has this head too (None: as one without it)."""
+    """name: of the child of a `Transformer`; kind: its class, made from the width; weights: (their name, our name
+    within the child). architecture: what files call a language model that has this head too (None: as one without)."""
 
     name: str
     kind: type[nn.Module]

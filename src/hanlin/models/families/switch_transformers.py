@@ -1,5 +1,5 @@
-"""Switch Transformers (arXiv:2101.03961): T5 v1.0 with experts in every `encoder_sparse_step`-th layer of the
-encoder and every `decoder_sparse_step`-th of the decoder. A token goes to one expert, weighed by its softmax over all; an
+"""Switch Transformers (arXiv:2101.03961): T5 v1.0 with experts in every `encoder_sparse_step`-th layer of the encoder
+and every `decoder_sparse_step`-th of the decoder. A token goes to one expert, weighed by its share of the softmax; an
 expert takes `expert_capacity` tokens of a row and gives zeros to the rest.
 """
 

@@ -46,12 +46,14 @@ def say_stacks(config: ModelConfig) -> dict[str, Any]:
     position = first_encoder_layer(config).attention.position
     if not isinstance(position, BucketPosition):
         raise HanlinError(f'The family "{config.family}" has buckets of distances; this model has {position}.')
-    return {"num_layers": len(config.encoder), BUCKETS: position.buckets, DISTANCE: position.max_distance}
+    sizes = {"num_layers": len(config.encoder), BUCKETS: position.buckets, DISTANCE: position.max_distance}
+    return {"is_encoder_decoder": True} | sizes
 
 
 def is_gated(json: Mapping[str, Any]) -> bool:
     """Whether a file is of v1.1's layout: the explicit key counts, then the name."""
-    return bool(json.get("is_gated_act", str(json.get("feed_forward_proj")).startswith("gated")))
+    said = json.get("is_gated_act")
+    return str(json.get("feed_forward_proj")).startswith("gated") if said is None else bool(said)
 
 
 def is_plain(json: Mapping[str, Any]) -> bool:
@@ -63,12 +65,12 @@ def fill(values: Values, json: Mapping[str, Any]) -> None:
     """The activation and the factor in front of the head."""
     fill_positions(values, json, depth=6)
     flag_of(json, "is_gated_act", False)
-    named = json.get("feed_forward_proj", "relu")
-    kind, _, name = str(named).rpartition("-")
+    named = str(json.get("feed_forward_proj") or "relu")
+    kind, _, name = named.rpartition("-")
     if kind not in ("", "gated"):
         raise HanlinError(f'"feed_forward_proj" is {named!r}; it must be an activation, or "gated-" and one.')
     name = "gelu_new" if named == "gated-gelu" else name
-    values["feed_forward.activation"] = known_activation(json.get("dense_act_fn", name))
+    values["feed_forward.activation"] = known_activation(str(json.get("dense_act_fn") or name))
     scaled = flag_of(json, "scale_decoder_outputs", values["tied_embeddings"])
     values["head.input_scale"] = values["width"] ** -0.5 if scaled else 1.0
 

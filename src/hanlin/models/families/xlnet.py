@@ -1,6 +1,6 @@
-"""XLNet (arXiv:1906.08237): relative attention over content, distance and segment (`nn.relative_attention`), norms behind
-the sums, no positions added. It was trained to predict tokens in any order, which `models.two_streams` does; `forward` is
-the content stream. Files keep q, k, v, o and r as (width, heads, head_dim).
+"""XLNet (arXiv:1906.08237): relative attention over content, distance and segment (`nn.relative_attention`), norms
+behind the sums, no positions added. It was trained to predict tokens in any order, which `models.two_streams` does;
+`forward` is the content stream. Files keep q, k, v, o and r as (width, heads, head_dim).
 """
 
 from collections.abc import Mapping
@@ -17,6 +17,10 @@ from hanlin.models.families.weights import Rule
 
 THEIRS, OURS = "transformer.layer.{}.", "model.layers.{}."
 DIRECTIONS = {"bi": True, "uni": False}
+_NOTES = """
+    dropout mem_len reuse_len use_mems use_mems_eval use_mems_train summary_type summary_use_proj summary_activation
+    summary_last_dropout start_n_top end_n_top
+"""
 
 
 def finish(values: Values, json: Mapping[str, Any]) -> None:
@@ -76,10 +80,7 @@ XLNET = Family(
         "head.bias": True,
     },
     fixed={"bi_data": False, "same_length": False, "untie_r": True},
-    harmless=frozenset("""
-        dropout mem_len reuse_len use_mems use_mems_eval use_mems_train summary_type summary_use_proj summary_activation
-        summary_last_dropout start_n_top end_n_top
-    """.split()),
+    harmless=frozenset(_NOTES.split()),
     hooked=frozenset({"clamp_len"}),
     absent={"pad_token_id": 5, "bos_token_id": 1, "eos_token_id": 2},
     rotary=False,
