@@ -1,7 +1,7 @@
 """Training: Hanlin's `Trainer` against a plain transformers + AdamW loop, on two cores, tokens per second.
 
 Same shapes, same random batch, same AdamW (fused), clipping at 1, next-token loss over every token. transformers is
-taken at its best of {eager, compiled} x {fp32, bf16 autocast}; Hanlin at its best of {fp32, bf16}. Every run is a
+taken at its best of {eager, compiled} x {fp32, bf16 autocast}; Hanlin eager in both, and compiled. Every run is a
 process of its own and the sides take turns; the machine's GEMM peak is measured in each process after its run.
 
 FLOPs a token = 6 * matmul parameters (head once) + 12 * layers * width * length (`ModelConfig.flops_per_token`).
@@ -9,14 +9,19 @@ FLOPs a token = 6 * matmul parameters (head once) + 12 * layers * width * length
 What the profiles taught, in order of gain (10.5M parameters, bf16):
 - Page faults. glibc gives freed activations back to the kernel and asks for them again every step; keeping them in the
   heap (`core.device.tune_allocator`) alone takes a plain transformers loop from about 3,800 to 6,000 tokens/s.
+- Passes over memory. On a CPU with matrix units (AMX) the products were 150 ms of a step of 480 ms; the rest were
+  SwiGLU, norms, turns and the loss, each a chain of torch operations that visit the same numbers again. One pass each
+  in C++ (`kernels.training`, `kernels.cross_entropy`), on torch's own OpenMP threads: 335 ms. The chunk of the loss
+  made eight visits (widen, max, subtract, exp, sum, divide, scatter, narrow) where now a row stays in the cache.
 - Attention. SDPA's CPU kernel took a third of the step; batched products over blocks of 128 queries are 3x faster
-  (`nn.block_attention`).
+  (`nn.block_attention`). Products, softmax and slopes that meet in the cache, and heads that stay where the projection
+  put them (`kernels.train_attention`), are another 2x: 285 ms, of which the products are half.
 - The loss. Logits in chunks that stay in the cache, their gradient in the same visit
   (`nn.losses.linear_cross_entropy`).
-- One product for q, k, v and one for gate, up; RoPE over whole heads (writing halves apart was 3x slower in bf16);
-  norms, SwiGLU and RoPE with hand-written backwards.
-What did not pay: recomputing the attention's probabilities in the backward, as flash attention does (one more product,
-for memory that is there at these lengths).
+- One product for q, k, v and one for gate, up; norms, SwiGLU and RoPE with hand-written backwards.
+What did not pay: threads of our own for these passes. torch's spin for the next operation on the same cores, and a
+thread that has to take a core from another waits for milliseconds. Compiling is behind eager: the compiler fuses what
+it sees, but not through the softmax and the loss.
 
     python benchmarks/bench_train.py [--runs 5] [--size 10m 100m] [--quick]
 """
@@ -39,6 +44,7 @@ SIDES = {
     "transformers bf16 compiled": ("transformers", "bf16", "compiled"),
     "hanlin fp32": ("hanlin", "fp32", "eager"),
     "hanlin bf16": ("hanlin", "bf16", "eager"),
+    "hanlin bf16 compiled": ("hanlin", "bf16", "compiled"),
 }
 
 
@@ -157,8 +163,12 @@ def hanlin_seconds(size: str, dtype: str, mode: str, ids, steps: int) -> tuple[f
 
     config = model_config(size)
     model = Transformer(config)
-    settings = TrainSettings(steps=1_000_000, batch_size=len(ids), lr=3e-4, precision=dtype)
+    settings = TrainSettings(
+        steps=1_000_000, batch_size=len(ids), lr=3e-4, precision=dtype, compile=mode == "compiled"
+    )  # fmt: skip
     trainer = Trainer(model, CausalLM(), Fixed(), settings)
+    if mode == "compiled":
+        trainer.time_steps(2)
     return trainer.time_steps(steps), model.parameter_count()
 
 

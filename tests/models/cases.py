@@ -14,7 +14,8 @@ import torch
 from tests.models.oracle import quiet, save_theirs
 from torch import Tensor, nn
 
-GROUPS = tuple(f"cases_{name}" for name in "llama decoders classic chinese experts encoders seq2seq".split())
+NAMES = ("llama", "decoders", "classic", "chinese", "experts", "encoders", "seq2seq")
+GROUPS = tuple(f"cases_{name}" for name in NAMES)
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def xlnet(**settings: Any) -> Any:
     return partial(build, XLNetLMHeadModel, XLNetConfig, XLNET | settings)
 
 
-# The bare models are built without the pooler that `test_encoders` adds, so transformers, which wants one, cannot load ours.
+# The bare models are built without the pooler that `test_encoders` has; transformers wants one, so it cannot load ours.
 CASES = [
     case("bert", bert()),
     case("bert-segments", bert(type_vocab_size=3, hidden_act="relu", layer_norm_eps=1e-5), "segments"),

@@ -3,8 +3,7 @@
 from functools import partial
 from typing import Any
 
-import torch
-from tests.models.cases import Case, Inputs, call_logits
+from tests.models.cases import Case, Inputs
 from tests.models.oracle import SIZES
 from tests.models.twin_deepseek import DeepseekTwin
 from torch import Tensor
@@ -113,16 +112,6 @@ def build(kind: Any, settings: dict[str, Any]):
     return AutoModelForCausalLM.from_config(kind(**SIZES | LOOP | settings))
 
 
-def call_lifted(model: Any, inputs: Inputs) -> Tensor:
-    """`gaps.lifted` gives references in fp64 another `torch.float32`; Qwen's routers call it `torch.float`."""
-    single = torch.float
-    torch.float = torch.float32
-    try:
-        return call_logits(model, inputs)
-    finally:
-        torch.float = single
-
-
 def call_twin(model: Any, inputs: Inputs) -> Tensor:
     return model(inputs.ids)
 
@@ -132,7 +121,7 @@ def twin(name: str, **changes: Any) -> Case:
                 save=lambda model, folder: model.save(folder), reload=False)  # fmt: skip
 
 
-CASES = [Case(name, kind.model_type, partial(build, kind, settings), call=call_lifted) for name, (kind, settings) in CONFIGS.items()]
+CASES = [Case(name, kind.model_type, partial(build, kind, settings)) for name, (kind, settings) in CONFIGS.items()]
 CASES += [
     twin("deepseek-moe"),
     twin("deepseek-moe-step", num_hidden_layers=5, moe_layer_freq=2, num_key_value_heads=2, norm_topk_prob=True,

@@ -29,7 +29,8 @@ def test_parameters_are_those_of_the_built_model(ours):
     _, model = ours
     counted = model.config.parameters()
     assert counted.total == model.parameter_count(), counted.parts
-    experts = [layer for layer in model.config.layers if isinstance(layer.feed_forward, ExpertsConfig)]
+    every = model.config.layers + model.config.encoder
+    experts = [layer for layer in every if isinstance(layer.feed_forward, ExpertsConfig)]
     assert (counted.active < counted.total) == bool(experts)
 
 
@@ -45,7 +46,7 @@ def test_cache_bytes_are_those_of_the_cache(ours):
 def test_flops_are_those_that_torch_counts(ours, monkeypatch):
     """With the whole matrix of scores and no grouped products, which torch does not count."""
     case, model = ours
-    if any(isinstance(layer.feed_forward, ExpertsConfig) for layer in model.config.layers):
+    if any(isinstance(p.feed_forward, ExpertsConfig) for p in model.config.layers + model.config.encoder):
         pytest.skip("torch counts no grouped products; experts are counted by hand below")
 
     def plain(q, k, v, scores, mask):

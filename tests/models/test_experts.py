@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.models.cases import inputs_of, redraw_all, reference_model
 from tests.models.cases_experts import CASES, CONFIGS
-from tests.models.gaps import lifted
 from tests.models.oracle import SIZES
 from tests.models.ours import load_ours, run_ours
+from tests.nn.lifting import lifted
 from transformers.models.gpt_oss import GptOssConfig
 from transformers.models.llama4 import Llama4TextConfig
 from transformers.models.qwen2_moe import Qwen2MoeConfig
@@ -24,7 +24,15 @@ from hanlin.nn.rope import Rope
 from hanlin.nn.rope_scaling import Yarn
 
 BY_NAME = {case.name: case for case in CASES}
-SAME_LAYOUT = ("mixtral", "qwen2-moe", "qwen2-moe-step", "qwen3-moe", "deepseek-v2", "deepseek-v3", "deepseek-v3-halves")
+SAME_LAYOUT = (
+    "mixtral",
+    "qwen2-moe",
+    "qwen2-moe-step",
+    "qwen3-moe",
+    "deepseek-v2",
+    "deepseek-v3",
+    "deepseek-v3-halves",
+)
 
 
 def config_of(folder, json: dict[str, Any]):
@@ -194,7 +202,9 @@ def test_experts_that_a_family_cannot_express_are_refused(tmp_path):
     wide = replace(layer, feed_forward=replace(layer.feed_forward, hidden=64))
     with torch.device("meta"):
         uneven = Transformer(replace(config, layers=(layer, wide, layer)))
-        shared = Transformer(replace(config, layers=(replace(layer, feed_forward=replace(layer.feed_forward, shared_hidden=8)),)))
+        shared = Transformer(
+            replace(config, layers=(replace(layer, feed_forward=replace(layer.feed_forward, shared_hidden=8)),))
+        )
     for model in (uneven, shared):
         with pytest.raises(HanlinError):
             save_model(model, tmp_path / "b")
@@ -203,13 +213,13 @@ def test_experts_that_a_family_cannot_express_are_refused(tmp_path):
 
 # -- DeepSeek-V3's further layers --------------------------------------------------------------------------------------
 
-INSIDE = """
+NAMES = """
     enorm.weight hnorm.weight eh_proj.weight shared_head.norm.weight input_layernorm.weight
     post_attention_layernorm.weight self_attn.q_a_proj.weight self_attn.q_a_layernorm.weight self_attn.q_b_proj.weight
     self_attn.kv_a_proj_with_mqa.weight self_attn.kv_a_layernorm.weight self_attn.kv_b_proj.weight
     self_attn.o_proj.weight mlp.gate.weight mlp.gate.e_score_correction_bias mlp.shared_experts.gate_proj.weight
     mlp.shared_experts.up_proj.weight mlp.shared_experts.down_proj.weight
-""".split()
+"""
 
 
 @pytest.fixture
@@ -227,7 +237,7 @@ def test_modules_that_predict_ahead_stand_behind_the_last_layer(ahead, tmp_path)
     each = [f"mlp.experts.{e}.{p}_proj.weight" for e in range(12) for p in ("gate", "up", "down")]
     for step in (0, 1):
         found = {name for name in held if name.startswith(f"model.layers.{3 + step}.")}
-        assert found == {f"model.layers.{3 + step}.{name}" for name in (*INSIDE, *each)}
+        assert found == {f"model.layers.{3 + step}.{name}" for name in (*NAMES.split(), *each)}
     assert not any(name.startswith("model.layers.5.") or "ahead" in name for name in held)
     step = ahead.ahead.steps[1]
     assert torch.equal(held["model.layers.4.shared_head.norm.weight"], step.norm.weight)
@@ -272,3 +282,14 @@ def test_a_dense_deepseek_is_a_llama(tmp_path):
     config = config_of(tmp_path, BY_NAME["deepseek-dense"].build().config)
     assert has_experts(config) == [False] * 3
     assert all(isinstance(layer.attention, AttentionConfig) for layer in config.layers)
+
+
+def test_a_correction_keeps_its_precision_in_a_half_precision_model(tmp_path):
+    """Its steps are smaller than bf16's: rounded, it would choose other experts."""
+    case = BY_NAME["deepseek-v3"]
+    theirs = reference_model(case)
+    case.save(theirs, tmp_path)
+    whole, half = load_model(tmp_path), load_model(tmp_path, dtype=torch.bfloat16)
+    for (name, a), (_, b) in zip(whole.named_buffers(), half.named_buffers(), strict=True):
+        assert b.dtype == torch.float32 and torch.equal(a, b), name
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}

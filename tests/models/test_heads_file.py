@@ -32,7 +32,8 @@ def redrawn(head: nn.Module) -> nn.Module:
 def make_model() -> Transformer:
     torch.manual_seed(0)
     config = ModelConfig.uniform(
-        "llama", depth=2, attention=AttentionConfig(4, 2, 8), feed_forward=FeedForwardConfig(48), vocab_size=61, width=WIDTH
+        "llama", depth=2, attention=AttentionConfig(4, 2, 8), feed_forward=FeedForwardConfig(48), vocab_size=61,
+        width=WIDTH,
     )  # fmt: skip
     return Transformer(config).eval()
 

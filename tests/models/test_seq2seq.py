@@ -36,14 +36,15 @@ T5_V11_SMALL = T5_SMALL | {
 }  # fmt: skip
 BART_CNN = {
     "_num_labels": 3, "activation_dropout": 0.0, "activation_function": "gelu", "add_final_layer_norm": False,
-    "architectures": ["BartForConditionalGeneration"], "attention_dropout": 0.0, "bos_token_id": 0, "classif_dropout":
-    0.0, "d_model": 32, "decoder_attention_heads": 4, "decoder_ffn_dim": 64, "decoder_layerdrop": 0.0,
-    "decoder_layers": 2, "decoder_start_token_id": 2, "dropout": 0.1, "early_stopping": True,
-    "encoder_attention_heads": 4, "encoder_ffn_dim": 64, "encoder_layerdrop": 0.0, "encoder_layers": 3, "eos_token_id":
-    2, "force_bos_token_to_be_generated": True, "forced_bos_token_id": 0, "id2label": {"0": "LABEL_0"}, "init_std":
-    0.02, "is_encoder_decoder": True, "label2id": {"LABEL_0": 0}, "length_penalty": 2.0, "max_position_embeddings": 40,
-    "model_type": "bart", "no_repeat_ngram_size": 3, "normalize_before": False, "num_beams": 4, "num_hidden_layers": 3,
-    "output_past": True, "pad_token_id": 1, "scale_embedding": False, "use_cache": True, "vocab_size": 131,
+    "architectures": ["BartForConditionalGeneration"], "attention_dropout": 0.0, "bos_token_id": 0,
+    "classif_dropout": 0.0, "d_model": 32, "decoder_attention_heads": 4, "decoder_ffn_dim": 64,
+    "decoder_layerdrop": 0.0, "decoder_layers": 2, "decoder_start_token_id": 2, "dropout": 0.1,
+    "early_stopping": True, "encoder_attention_heads": 4, "encoder_ffn_dim": 64, "encoder_layerdrop": 0.0,
+    "encoder_layers": 3, "eos_token_id": 2, "force_bos_token_to_be_generated": True, "forced_bos_token_id": 0,
+    "id2label": {"0": "LABEL_0"}, "init_std": 0.02, "is_encoder_decoder": True, "label2id": {"LABEL_0": 0},
+    "length_penalty": 2.0, "max_position_embeddings": 40, "model_type": "bart", "no_repeat_ngram_size": 3,
+    "normalize_before": False, "num_beams": 4, "num_hidden_layers": 3, "output_past": True, "pad_token_id": 1,
+    "scale_embedding": False, "use_cache": True, "vocab_size": 131,
 }  # fmt: skip
 OPUS = {
     "activation_dropout": 0.0, "activation_function": "swish", "add_bias_logits": False, "add_final_layer_norm": False,

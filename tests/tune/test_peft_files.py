@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.models.oracle import logits_of, make_oracle, save_theirs, some_ids
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, XLNetConfig, XLNetLMHeadModel
 
 from hanlin.core.errors import HanlinError
 from hanlin.models import load_model
@@ -245,7 +245,7 @@ def test_names_and_layouts_of_a_family_are_its_own(gpt2, tmp_path):
 
 def test_an_adapter_of_a_joined_weight_is_refused_both_ways(gpt2, tmp_path):
     _, ours = gpt2
-    with pytest.raises(HanlinError, match="q_proj is one part of a larger weight"):
+    with pytest.raises(HanlinError, match="q_proj is not a linear layer of its own"):
         save_lora(add_lora(ours, targets=("q_proj",)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     ours.adapter.remove()
@@ -256,6 +256,20 @@ def test_an_adapter_of_a_joined_weight_is_refused_both_ways(gpt2, tmp_path):
         HanlinError, match=r"several layers here \(model.layers.0.self_attn.q_proj, .*k_proj, .*v_proj\)"
     ):
         load_lora(ours, folder)
+
+
+def test_a_weight_that_is_no_matrix_in_their_files_has_no_adapter_there(tmp_path):
+    """XLNet keeps (width, heads, head_dim): for PEFT that is no linear layer. Its feed-forward is one."""
+    sizes = {"vocab_size": 131, "d_model": 32, "n_layer": 1, "n_head": 4, "d_inner": 48}
+    folder = save_theirs(XLNetLMHeadModel(XLNetConfig(**sizes)), tmp_path / "xlnet")
+    ours = load_model(folder)
+    adapter = add_lora(ours, targets=("o_proj", "up_proj"))
+    with pytest.raises(HanlinError, match="o_proj is not a linear layer of its own"):
+        save_lora(adapter, tmp_path / "adapter")
+    adapter.remove()
+    save_lora(add_lora(ours, targets=("up_proj",)), tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert sorted(tensors) == [f"base_model.model.transformer.layer.0.ff.layer_1.lora_{x}.weight" for x in "AB"]
 
 
 def test_what_we_save_peft_loads(pair, tmp_path):

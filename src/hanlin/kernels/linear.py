@@ -41,7 +41,10 @@ class PackedProduct:
             self._packed.data_ptr(), None if self._bias is None else self._bias.data_ptr(), self.inputs, self.outputs
         )
         self._address = ctypes.addressof(self._matrix)
-        self._run = function("linear", weight.dtype)
+        run = function("linear", weight.dtype)
+        if run is None:
+            raise ValueError(f"There is no kernel for {weight.dtype}; ask `can_pack` first.")
+        self._run = run
 
     def __call__(self, x: Tensor) -> Tensor:
         shape = x.shape

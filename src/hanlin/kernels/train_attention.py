@@ -17,7 +17,7 @@ from hanlin.kernels.rows import kernel
 class Shape(ctypes.Structure):
     """As in native/train_attention.cpp."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, INTEGER) for name in ("rows", "length", "heads", "kv_heads", "width", "value_width")),
         *((name, INTEGER) for name in ("q_row", "q_token", "k_row", "k_token", "v_row", "v_token")),
         *((name, INTEGER) for name in ("bias_row", "bias_head")),

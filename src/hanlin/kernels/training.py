@@ -51,7 +51,9 @@ def norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor] 
     y = x.new_empty(x.shape)
     inverse = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     scale = None if weight is None else weight.detach().float().contiguous()
-    run(x.data_ptr(), *groups, width, None if scale is None else scale.data_ptr(), eps, y.data_ptr(), inverse.data_ptr())
+    run(
+        x.data_ptr(), *groups, width, None if scale is None else scale.data_ptr(), eps, y.data_ptr(), inverse.data_ptr()
+    )
     return y, inverse
 
 

@@ -188,6 +188,7 @@ def _check_shapes(
     expected: dict[str, tuple[int, ...]] = {}
     for row in bound:
         expected |= row.shapes(ours, model.config)
+    ahead = {theirs for row in bound if row.ours[0].startswith("ahead.") for theirs in row.theirs}
     optional: dict[str, str] = {}
     if model.config.tied_embeddings and model.lm_head is not None:
         optional = {row.theirs[0]: HEAD for row in family.bind(model.config, {HEAD: ours[HEAD]})}
@@ -204,7 +205,11 @@ def _check_shapes(
     problems = [f"{kind}: {_some(names)}" for kind, names in kinds.items() if names]
     if problems:
         advice = "Are config.json and the weights of one model?"
-        if missing == [HEAD]:
+        if missing and all(name in ahead for name in missing):
+            advice = (
+                "The config promises modules that predict further ahead; without them, set their number there to 0."
+            )
+        elif missing == [HEAD]:
             advice = 'If the head shares the embedding, config.json needs "tie_word_embeddings": true.'
         raise HanlinError(f"The weights in {folder} do not fit its config.json. {'; '.join(problems)}. {advice}")
     return {theirs: name for theirs, name in optional.items() if theirs in held}
@@ -218,7 +223,7 @@ def _fill(
     """Give a model without memory its weights; each is copied once, out of the mapped file to where it will stay."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
     packed = tuple(f"{name}.{part}." for name, layer in layers.items() for part in layer.packed)
-    shapes = _shapes(model.state_dict())
+    shapes, buffers = _shapes(model.state_dict()), {name for name, _ in model.named_buffers()}
     tensors: dict[str, Tensor] = {}
     with WeightReader(held) as reader:
 
@@ -235,7 +240,8 @@ def _fill(
             made = row.rule.to_ours([read(n) for n in row.theirs], [shapes[n] for n in row.ours], model.config)
             for name, tensor in zip(row.ours, made, strict=True):
                 stays = name.startswith(packed)  # packing copies those
-                tensors[name] = tensor.to(device, dtype, copy=not stays, memory_format=torch.contiguous_format)
+                kind = torch.promote_types(dtype, torch.float32) if name in buffers else dtype  # corrections of routers
+                tensors[name] = tensor.to(device, kind, copy=not stays, memory_format=torch.contiguous_format)
         for theirs in extra:
             head = read(theirs).to(device, dtype)
             if not torch.equal(head, tensors[EMBEDDING]):

@@ -62,7 +62,7 @@ def load_heads(folder: str | os.PathLike[str]) -> dict[str, nn.Module]:
     try:
         with safe_open(file, framework="pt", device="cpu") as stream:
             described = json.loads((stream.metadata() or {}).get(HEADER, "null"))
-            tensors = {name: stream.get_tensor(name) for name in stream.keys()}
+            tensors = {name: stream.get_tensor(name) for name in list(stream.keys())}
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise HanlinError(f"{file} is not a whole file of heads ({error}). Save the model again.") from error
     if not isinstance(described, dict):

@@ -27,7 +27,9 @@ def load_balance_loss(notes: Sequence[Routing], mask: Tensor | None = None) -> T
     """
     if not notes:
         raise HanlinError("There is nothing to balance: no layer reported its routing.")
-    chosen, probability, tokens = 0, 0, 0
+    experts = notes[0].scores.shape[-1]
+    chosen, probability = (notes[0].scores.new_zeros(experts) for _ in range(2))
+    tokens = notes[0].scores.new_zeros(())
     for note in notes:
         keep = _flat_mask(mask, note)
         shares = note.scores / note.scores.sum(-1, keepdim=True)  # (tokens, experts)
@@ -36,7 +38,7 @@ def load_balance_loss(notes: Sequence[Routing], mask: Tensor | None = None) -> T
         chosen = chosen + expert_load(note, mask)
         probability = probability + shares.sum(0)
         tokens = tokens + (len(note.experts) if keep is None else keep.sum())
-    return len(chosen) * (chosen / tokens * (probability / tokens)).sum()
+    return experts * (chosen / tokens * (probability / tokens)).sum()
 
 
 def router_z_loss(notes: Sequence[Routing], mask: Tensor | None = None) -> Tensor:

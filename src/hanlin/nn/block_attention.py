@@ -23,8 +23,8 @@ LARGEST = 1 << 27  # bytes of probabilities a layer may keep
 
 
 def worth_it(q: Tensor) -> bool:
-    """Whether block attention is the faster exact form for q (rows, heads, T, D): on a CPU, with the kernel or while T^2
-    is affordable."""
+    """Whether block attention is the faster exact form for q (rows, heads, T, D): on a CPU, with the kernel or while
+    T^2 is affordable."""
     rows, heads, length, _ = q.shape
     affordable = rows * heads * length * length * q.element_size() <= LARGEST
     return q.device.type == "cpu" and (affordable or train_attention.usable(q))
@@ -51,12 +51,10 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale:
 
 
 class _KernelAttention(torch.autograd.Function):
-    """`kernels.train_attention`: q (rows, T, heads, D), k and v (rows, T, kv_heads, ...) -> (rows, T, heads, width of v)."""
+    """q (rows, T, heads, D), k and v (rows, T, kv_heads, ...) -> (rows, T, heads, width of v)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, causal: bool
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, causal: bool) -> Tensor:
         shape = train_attention.shape_of(q, k, v, bias, scale, causal=causal)
         out, norms = train_attention.attend(q, k, v, bias, shape)
         if any(ctx.needs_input_grad):

@@ -8,7 +8,6 @@ one token the only transport plan moves everything to it, so this upper bound of
 trains it together with cross-entropy (`nn.multitask`), with the embeddings of the pretrained model as E.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -47,7 +46,7 @@ def _unit(embeddings: Tensor, like: Tensor) -> Tensor:
     return F.normalize(embeddings.detach().to(wide_dtype(like)), dim=-1)
 
 
-def _check(vocabulary: int, targets: torch.Size, tokens: torch.Size, embeddings: Tensor) -> None:
+def _check(vocabulary: int, targets: tuple[int, ...], tokens: tuple[int, ...], embeddings: Tensor) -> None:
     if targets != tokens:
         raise HanlinError(f"Targets {list(targets)} do not fit predictions of {list(tokens)} tokens.")
     if embeddings.ndim != 2 or len(embeddings) != vocabulary:

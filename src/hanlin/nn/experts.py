@@ -116,7 +116,7 @@ class Experts(nn.Module):
         names = (self._first, "down_proj", f"{self._first}_bias", "down_proj_bias")
         parameters = [None if p is None else p.to(x.dtype) for p in (getattr(self, name) for name in names)]
         plan = Dispatch.of(routing, self.count)
-        inputs = (x, routing.weights.to(x.dtype), *parameters, plan, self._activate, self.scale_input)
+        inputs: tuple[Any, ...] = (x, routing.weights.to(x.dtype), *parameters, plan, self._activate, self.scale_input)
         return _Experts.apply(*inputs) if torch.is_grad_enabled() else _run(*inputs)[0]
 
     def extra_repr(self) -> str:

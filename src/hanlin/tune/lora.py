@@ -10,10 +10,11 @@ file (`model.layers.0.self_attn.q_proj.lora_A.weight`), so that an optimizer, a 
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +96,8 @@ class LoraAdapter:
 
     def parameters(self) -> list[nn.Parameter]:
         """A and B of every layer: all that learns."""
-        return [p for branch in self.branches.values() for p in (branch.a.weight, branch.b.weight)]
+        pairs = [(branch.a.weight, branch.b.weight) for branch in self.branches.values()]
+        return [cast(nn.Parameter, weight) for pair in pairs for weight in pair]
 
     def merge(self) -> None:
         """W + s B A in the place of W: the speed of the plain model. Exact to the rounding of W's dtype."""
@@ -187,7 +189,7 @@ def attach_lora(
 
 
 @contextmanager
-def without_adapter(model: nn.Module) -> Iterator[None]:
+def without_adapter(model: nn.Module) -> Generator[None]:
     """Within it the model is its base: the reference policy of preference learning, at no memory.
 
     A model without an adapter stays itself, and so does one within another `without_adapter`. A merged adapter is a

@@ -44,7 +44,8 @@ def save_lora(adapter: LoraAdapter, path: str | os.PathLike[str], *, base_model:
     """Write the adapter into folder `path`, each file atomically, the config last. base_model: the name or folder of
     the model that it belongs to, for those who look for it.
 
-    A layer that the family's files join with others (a fused qkv) is a `HanlinError` before anything is written.
+    A layer that the family's files join with others (GPT-2's qkv) or keep in another shape (XLNet's heads) is a
+    `HanlinError` before anything is written.
     """
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
@@ -53,8 +54,8 @@ def save_lora(adapter: LoraAdapter, path: str | os.PathLike[str], *, base_model:
     for name in adapter.branches:
         if name not in theirs:
             raise HanlinError(
-                f"{name} is one part of a larger weight in the files of this family; PEFT has no name for an adapter "
-                "of that part alone. Merge the adapter and save the model instead."
+                f"{name} is not a linear layer of its own in the files of this family (it is one part of a larger weight, "
+                "or has another shape); PEFT has no name for its adapter. Merge the adapter and save the model instead."
             )
     names = {theirs[name]: branch for name, branch in adapter.branches.items()}
     tensors: dict[str, Tensor] = {}
@@ -226,7 +227,7 @@ def _their_names(model: nn.Module) -> tuple[dict[str, str], dict[str, tuple[str,
             continue
         weight = weights[bound.ours[0]]
         made = bound.rule.to_theirs([weight], config)[0]
-        if _same_memory(made, weight) or _same_memory(made.T, weight):
+        if made.ndim == 2 and (_same_memory(made, weight) or _same_memory(made.T, weight)):
             names[ours[0]] = theirs
     return names, joined
 

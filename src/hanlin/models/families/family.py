@@ -259,5 +259,3 @@ class Family:
             if len(source) == len(target) == 1 and (numbers := match(source[0], name)) is not None:
                 return target[0].format(*numbers)
         return name
-
-

@@ -76,9 +76,7 @@ def band(config: ModelConfig, json: Mapping[str, Any]) -> ModelConfig:
     size = json.get("attention_band", 128)
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise HanlinError(f'"attention_band" is {size!r}; it must be a positive integer.')
-    return map_layers(
-        config, lambda i, la: replace(la, attention=replace(la.attention, window=size)) if i % 2 else la
-    )
+    return map_layers(config, lambda i, la: replace(la, attention=replace(la.attention, window=size)) if i % 2 else la)
 
 
 def say_band(config: ModelConfig) -> dict[str, Any]:

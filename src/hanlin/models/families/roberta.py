@@ -1,8 +1,8 @@
 """RoBERTa (arXiv:1907.11692): BERT without sentence pairs, trained longer.
 
 It differs in the positions' table: the first rows, up to that of the padding token, belong to no position, so that
-position 0 is row `pad_token_id` + 1. Padding is not counted: with padding in front of a text, pass `positions` that begin
-at its first token.
+position 0 is row `pad_token_id` + 1. Padding is not counted: with padding in front of a text, pass `positions` that
+begin at its first token.
 """
 
 from collections.abc import Mapping

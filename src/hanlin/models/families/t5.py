@@ -81,6 +81,7 @@ def shape(config: ModelConfig, json: Mapping[str, Any]) -> ModelConfig:
 
 
 def describe(config: ModelConfig) -> dict[str, Any]:
+    """The stacks, the activation, the factor."""
     f = first_encoder_layer(config).feed_forward
     gated, name = f.gated, "gelu" if f.gated and f.activation == "gelu_new" else f.activation
     scaled = config.tied_embeddings if config.head is None else config.head.input_scale != 1
@@ -121,11 +122,9 @@ def all_weights(feed_forward: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
 
 PLAIN = {"DenseReluDense.wi": "mlp.up_proj", "DenseReluDense.wo": "mlp.down_proj"}
 GATED = {
-    "DenseReluDense.wi_0": "mlp.gate_proj",
-    "DenseReluDense.wi_1": "mlp.up_proj",
-    "DenseReluDense.wo": "mlp.down_proj",
+    f"DenseReluDense.{theirs}": f"mlp.{ours}_proj"
+    for theirs, ours in (("wi_0", "gate"), ("wi_1", "up"), ("wo", "down"))
 }
-
 
 T5 = Family(
     name="t5",
@@ -149,11 +148,7 @@ T5 = Family(
     weights=all_weights(PLAIN),
     skipped=SKIPPED,
 )
+GATED_ALWAYS = ALWAYS | {"feed_forward.gated": True}
 T5_V11 = replace(
-    T5,
-    name="t5-v1.1",
-    model_type="t5",
-    claims=is_gated,
-    always=ALWAYS | {"feed_forward.gated": True},
-    weights=all_weights(GATED),
-)
+    T5, name="t5-v1.1", model_type="t5", claims=is_gated, always=GATED_ALWAYS, weights=all_weights(GATED)
+)  # fmt: skip
