@@ -298,3 +298,15 @@ def test_what_peft_saves_we_load(pair, tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     load_lora(ours, tmp_path / "adapter")
     torch.testing.assert_close(ours_of(ours), logits_of(model, some_ids()), rtol=0, atol=CLOSE)
+
+
+def test_a_model_with_an_adapter_is_not_saved_as_if_it_had_none(tmp_path):
+    from hanlin.models import save_model
+
+    model = load_model(save_theirs(make_oracle("qwen3"), tmp_path / "base"))
+    adapter = add_lora(model, rank=2)
+    with pytest.raises(HanlinError, match=r"merge\(\)"):
+        save_model(model, tmp_path / "x")
+    adapter.merge()
+    adapter.remove()
+    save_model(model, tmp_path / "x")

@@ -73,7 +73,8 @@ def library() -> Library | None:
         path = build()
         loaded = Library(ctypes.CDLL(str(path)), ctypes.PyDLL(str(path)))
     except (OSError, subprocess.SubprocessError) as error:
-        say(f"Without Hanlin's own CPU kernels, generating is slower: {_reason(error)} ({SWITCH}=off hides this line.)")
+        why = f"{_reason(error)} ({SWITCH}=off hides this line.)"
+        say(f"Without Hanlin's own CPU kernels, training and generating are slower: {why}")
         return None
     loaded.long.hanlin_threads(min(torch.get_num_threads(), MOST_THREADS))
     loaded.long.hanlin_team(POINTER(_parallel()))

@@ -45,9 +45,11 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Flops:
-    """parts: {part: FLOPs of one forward pass}."""
+    """parts: {part: FLOPs of one forward pass}; constant: those of them whose input is no parameter's work, such as a
+    table of distances, so that backward has one product less."""
 
     parts: dict[str, float]
+    constant: float = 0.0
 
     @property
     def forward(self) -> float:
@@ -55,11 +57,11 @@ class Flops:
 
     @property
     def backward(self) -> float:
-        return 2.0 * self.forward
+        return 2.0 * self.forward - self.constant
 
     @property
     def training(self) -> float:
-        return 3.0 * self.forward
+        return self.forward + self.backward
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ def count_flops(
     compute it.
     """
     parts: dict[str, float] = defaultdict(float)
+    constant = 0.0
     read = length if source is None else source
     for stack, tokens in ((config.layers, length), (config.encoder, read)):
         for layer in stack:
@@ -116,14 +119,16 @@ def count_flops(
             seen = tokens * tokens if pairs == "all" else visible_pairs(layer.attention.mask, tokens)
             parts["attention"] += 2.0 * batch * heads * (key + value) * seen
             if isinstance(layer.attention, RelativeAttentionConfig):
-                parts["attention"] += 2.0 * 2 * tokens * heads * key * (config.width + batch * tokens)
+                distances = 2.0 * 2 * tokens * heads * key * config.width
+                parts["attention"] += distances + 2.0 * 2 * tokens * heads * key * batch * tokens
+                constant += distances
             if layer.cross_attention is not None:
                 c = layer.cross_attention
                 parts["cross-attention"] += 4.0 * batch * c.heads * c.head_dim * tokens * read
     if config.head is not None:
         transform = config.width**2 if config.head.transform else 0
         parts["head"] += 2.0 * batch * length * (config.vocab_size * config.width + transform)
-    return Flops(dict(parts))
+    return Flops(dict(parts), constant)
 
 
 def training_flops_per_token(config: ModelConfig, length: int) -> float:

@@ -54,8 +54,8 @@ def save_lora(adapter: LoraAdapter, path: str | os.PathLike[str], *, base_model:
     for name in adapter.branches:
         if name not in theirs:
             raise HanlinError(
-                f"{name} is not a linear layer of its own in the files of this family (it is one part of a larger weight, "
-                "or has another shape); PEFT has no name for its adapter. Merge the adapter and save the model instead."
+                f"{name} is not a linear layer of its own in the files of this family (it is one part of a larger "
+                "weight, or has another shape); PEFT has no name for its adapter. Merge it and save the model instead."
             )
     names = {theirs[name]: branch for name, branch in adapter.branches.items()}
     tensors: dict[str, Tensor] = {}
