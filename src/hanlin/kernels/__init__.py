@@ -13,6 +13,6 @@
     cross_entropy    of rows of logits, and its slope
 
 They compute fp32 and bf16. An operation returns None where it cannot be used (another dtype or device, a graph that is
-being traced, no compiler, `HANLIN_KERNELS=off`), and its caller goes on with torch. Sums run in fp32, and a row's result
-depends on nothing but the row: not on the other rows of the batch, nor on the threads.
+being traced, no compiler, `HANLIN_KERNELS=off`), and its caller goes on with torch. Sums run in fp32, and a row's
+result depends on nothing but the row: not on the other rows of the batch, nor on the threads.
 """

@@ -86,8 +86,8 @@ def save_model(model: Transformer, path: str | os.PathLike[str], *, shard_bytes:
     folder, config = _folder_to_write(path), model.config
     if any(".lora_" in name for name in model.state_dict()):
         raise HanlinError(
-            "This model has an adapter, which is no part of its folder: `merge()` and `remove()` it first, or save it by "
-            "itself (`hanlin.tune.save_lora`)."
+            "This model has an adapter, which is no part of its folder: `merge()` and `remove()` it first, or save it "
+            "by itself (`hanlin.tune.save_lora`)."
         )
     family = find_family(config.family, "The model's family (`ModelConfig.family`)")
     json = family.write(config)
