@@ -28,6 +28,7 @@ from hanlin.models import (
     load_model,
     save_model,
 )
+from hanlin.models.families import find_family
 from hanlin.tokens import Tokenizer
 from hanlin.train import CausalLM, Trainer, TrainSettings
 from hanlin.train.trainer import Evaluate, TrainResult
@@ -150,9 +151,8 @@ def new_config(new: NewModel, tokenizer: Tokenizer, seq_len: int) -> ModelConfig
             heads=new.heads,
             kv_heads=new.kv_heads,
             head_dim=new.head_dim or new.width // new.heads,
-            qkv_bias=new.family == "qwen2",
-            qk_norm=new.family == "qwen3",
             window=new.window,
+            **find_family(new.family, "The recipe's model.family").attention_traits(),
         ),
         feed_forward=FeedForwardConfig(new.hidden),
         vocab_size=tokenizer.size,

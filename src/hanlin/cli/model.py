@@ -155,6 +155,7 @@ def _count(text: str) -> float:
 def _sized(arguments: argparse.Namespace, vocab_size: int) -> "ModelConfig":
     """The config that the flags spell out."""
     from hanlin.models import AttentionConfig, FeedForwardConfig, ModelConfig
+    from hanlin.models.families import find_family
 
     return ModelConfig.uniform(
         arguments.family,
@@ -163,9 +164,8 @@ def _sized(arguments: argparse.Namespace, vocab_size: int) -> "ModelConfig":
             heads=arguments.heads,
             kv_heads=arguments.kv_heads or arguments.heads,
             head_dim=arguments.head_dim or arguments.width // arguments.heads,
-            qkv_bias=arguments.family == "qwen2",
-            qk_norm=arguments.family == "qwen3",
             window=arguments.window,
+            **find_family(arguments.family, "--family").attention_traits(),
         ),
         feed_forward=FeedForwardConfig(arguments.hidden or 64 * max(1, round(arguments.width * 8 / 3 / 64))),
         vocab_size=vocab_size,

@@ -9,8 +9,11 @@ from dataclasses import replace
 
 from hanlin.core.errors import HanlinError
 from hanlin.models.config import AttentionConfig, FeedForwardConfig, ModelConfig
+from hanlin.models.families import find_family
 
 VOCABULARY = {"llama": 128_256, "qwen2": 151_936, "qwen3": 151_936, "mistral": 32_768}
+HIDDEN = {"qwen3": 3.0}  # widths of a feed-forward, where not 8/3
+BASE = {"qwen2": 1_000_000.0, "qwen3": 1_000_000.0, "mistral": 1_000_000.0}  # of rotary positions, where not 500,000
 WIDTHS = tuple(64 * n for n in (*range(1, 17), *range(18, 33, 2), *range(36, 65, 4), *range(72, 257, 8)))
 
 
@@ -45,10 +48,11 @@ def layered(family: str, width: int, depth: int, vocab: int, max_positions: int,
     head = 128 if width >= 2048 else 64
     heads = width // head
     kv_heads = next(k for k in (max(1, heads // 4), max(1, heads // 3), max(1, heads // 2), heads) if heads % k == 0)
-    hidden = 64 * max(1, round(width * (3 if family == "qwen3" else 8 / 3) / 64))
-    attention = AttentionConfig(heads, kv_heads, head, qkv_bias=family == "qwen2", qk_norm=family == "qwen3")
+    hidden = 64 * max(1, round(width * HIDDEN.get(family, 8 / 3) / 64))
+    traits = find_family(family, "--like").attention_traits()
+    attention = AttentionConfig(heads, kv_heads, head, **traits)
     return ModelConfig.uniform(
         family, depth=depth, attention=attention, feed_forward=FeedForwardConfig(hidden), vocab_size=vocab, width=width,
-        max_positions=max_positions, rope_theta=1_000_000.0 if family.startswith("qwen") else 500_000.0,
+        max_positions=max_positions, rope_theta=BASE.get(family, 500_000.0),
         tied_embeddings=tied,
     )  # fmt: skip

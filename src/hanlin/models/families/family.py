@@ -94,6 +94,11 @@ class Family:
         merged: dict[str, Setting | None] = {**self.common, **self.settings}
         return {key: setting for key, setting in merged.items() if setting is not None}
 
+    def attention_traits(self) -> dict[str, Any]:
+        """What the attention of every model of this family has, for those who make a new one."""
+        mark = "attention."
+        return {key.removeprefix(mark): value for key, value in self.always.items() if key.startswith(mark)}
+
     # -- config.json -> ModelConfig -------------------------------------------------------------------------------
 
     def read(self, json: Mapping[str, Any], file: Path) -> ModelConfig:

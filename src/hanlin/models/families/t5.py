@@ -121,10 +121,8 @@ def all_weights(feed_forward: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
 
 
 PLAIN = {"DenseReluDense.wi": "mlp.up_proj", "DenseReluDense.wo": "mlp.down_proj"}
-GATED = {
-    f"DenseReluDense.{theirs}": f"mlp.{ours}_proj"
-    for theirs, ours in (("wi_0", "gate"), ("wi_1", "up"), ("wo", "down"))
-}
+WAYS = (("wi_0", "gate"), ("wi_1", "up"), ("wo", "down"))
+GATED = {f"DenseReluDense.{theirs}": f"mlp.{ours}_proj" for theirs, ours in WAYS}
 
 T5 = Family(
     name="t5",
@@ -148,7 +146,5 @@ T5 = Family(
     weights=all_weights(PLAIN),
     skipped=SKIPPED,
 )
-GATED_ALWAYS = ALWAYS | {"feed_forward.gated": True}
-T5_V11 = replace(
-    T5, name="t5-v1.1", model_type="t5", claims=is_gated, always=GATED_ALWAYS, weights=all_weights(GATED)
-)  # fmt: skip
+ALWAYS_GATED = ALWAYS | {"feed_forward.gated": True}
+T5_V11 = replace(T5, name="t5-v1.1", model_type="t5", claims=is_gated, always=ALWAYS_GATED, weights=all_weights(GATED))
