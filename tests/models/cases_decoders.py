@@ -1,5 +1,6 @@
 """Gemma 2 and what follows: decoders of the Llama kind with more to them."""
 
+from copy import deepcopy  # configs of transformers write into the tables that they are given
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ HALF = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor":
 
 
 def build(kind: Any, settings: dict[str, Any]):
-    return AutoModelForCausalLM.from_config(kind(**SIZES | settings))
+    return AutoModelForCausalLM.from_config(kind(**deepcopy(SIZES | settings)))
 
 
 CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {

@@ -1,5 +1,6 @@
 """Decoders with experts: Mixtral, Qwen2-MoE and Qwen3-MoE, DeepSeek of all three kinds, Llama 4, gpt-oss."""
 
+from copy import deepcopy  # configs of transformers write into the tables that they are given
 from functools import partial
 from typing import Any
 
@@ -109,7 +110,7 @@ CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 def build(kind: Any, settings: dict[str, Any]):
-    return AutoModelForCausalLM.from_config(kind(**SIZES | LOOP | settings))
+    return AutoModelForCausalLM.from_config(kind(**deepcopy(SIZES | LOOP | settings)))
 
 
 def call_twin(model: Any, inputs: Inputs) -> Tensor:

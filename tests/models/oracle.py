@@ -1,6 +1,7 @@
 """Random tiny models made by transformers, with every parameter redrawn so that a forgotten one shows."""
 
 from contextlib import contextmanager
+from copy import deepcopy  # configs of transformers write into the tables that they are given
 from pathlib import Path
 
 import torch
@@ -55,7 +56,7 @@ def make_oracle(name: str, *, seed: int = 0, **changes) -> PreTrainedModel:
     wide that the logits' standard deviation is at least 0.5."""
     kind, settings = CONFIGS[name]
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(kind(**SIZES | settings | changes)).eval()
+    model = AutoModelForCausalLM.from_config(kind(**deepcopy(SIZES | settings | changes))).eval()
     redraw(model)
     assert logits_of(model, some_ids()).std() >= 0.5
     return model

@@ -1,5 +1,6 @@
 """What the families with experts need beside `test_families`: their experts' gradients, names, layers and defaults."""
 
+from copy import deepcopy  # configs of transformers write into the tables that they are given
 from dataclasses import replace
 from typing import Any
 
@@ -44,7 +45,7 @@ def config_of(folder, json: dict[str, Any]):
 def json_of(name: str) -> dict[str, Any]:
     """`config.json` of a case as transformers has it."""
     kind, settings = CONFIGS[name]
-    return {k: v for k, v in kind(**SIZES | settings).to_diff_dict().items() if k != "experts_implementation"}
+    return {k: v for k, v in kind(**deepcopy(SIZES | settings)).to_diff_dict().items() if k != "experts_implementation"}
 
 
 def has_experts(config) -> list[bool]:
@@ -107,7 +108,7 @@ def test_deepseek_takes_every_nth_layer_behind_the_dense_ones(tmp_path):
 def test_windows_of_qwen2_moe_are_those_of_transformers(first, tmp_path):
     """By default, since what transformers saves always lists them."""
     how = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": first, "num_hidden_layers": 4}
-    theirs = Qwen2MoeConfig(**SIZES | how)
+    theirs = Qwen2MoeConfig(**deepcopy(SIZES | how))
     config = config_of(tmp_path, {k: v for k, v in theirs.to_diff_dict().items() if k != "layer_types"} | how)
     windows = [layer.attention.window for layer in config.layers]
     assert windows == [6 if kind == "sliding_attention" else None for kind in theirs.layer_types]
