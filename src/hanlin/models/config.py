@@ -271,6 +271,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not self.layers:
             raise HanlinError("A model needs at least one layer.")
+        if self.embedding.offset and self.embedding.positions != "learned":
+            raise HanlinError(f"embedding.offset is {self.embedding.offset}; only a learnt table of positions has one.")
         for index, layer in enumerate(self.layers + self.encoder):
             a = layer.attention
             if isinstance(a, AttentionConfig) and a.heads % a.kv_heads:

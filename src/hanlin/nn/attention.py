@@ -20,6 +20,7 @@ from hanlin.nn.block_attention import block_attention, worth_it
 from hanlin.nn.linear import Linear, PackedLinear
 from hanlin.nn.mask_lowering import Lowered
 from hanlin.nn.masks import Causal, Mask
+from hanlin.nn.norms import rms_norm
 from hanlin.nn.rope import rotate
 
 PositionBias = Callable[[Tensor, Tensor], Tensor]  # (rows, Tq), (rows, Tk) positions -> (rows or 1, heads, Tq, Tk)
@@ -130,7 +131,7 @@ class Attention(PackedLinear):
             if rope is not None:
                 q, k = rotate(q, *rope), rotate(k, *rope)
         if self.l2_norm is not None:
-            q, k = _unit(q, self.l2_norm), _unit(k, self.l2_norm)
+            q, k = rms_norm(q, None, self.l2_norm), rms_norm(k, None, self.l2_norm)
         if self.query_scale is not None and positions is not None:
             if q.dtype == torch.float64:  # then the factors are, too
                 positions = positions.double()
@@ -236,9 +237,3 @@ def _as_bias(mask: Lowered, q: Tensor) -> Tensor | None:
         return mask.bias
     length = q.shape[2]
     return torch.full((length, length), float("-inf"), dtype=q.dtype, device=q.device).triu_(1)[None, None]
-
-
-def _unit(x: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last dimension, in fp32."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)

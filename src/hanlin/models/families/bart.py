@@ -8,10 +8,10 @@ from typing import Any
 
 from hanlin.core.errors import HanlinError
 from hanlin.models.config import AttentionConfig, ModelConfig
-from hanlin.models.families.encoder_decoder import count_of, first_encoder_layer, flag_of, with_encoder
+from hanlin.models.families.encoder_decoder import first_encoder_layer, flag_of, with_encoder
 from hanlin.models.families.family import Family, Values
 from hanlin.models.families.gpt2 import biased
-from hanlin.models.families.keys import Setting, known_activation
+from hanlin.models.families.keys import Setting, known_activation, read_count
 from hanlin.models.families.weights import Rule
 
 SIZES = {
@@ -64,10 +64,10 @@ def fill(values: Values, json: Mapping[str, Any]) -> None:
 
 def shape(config: ModelConfig, json: Mapping[str, Any]) -> ModelConfig:
     """The encoder beside the decoder."""
-    depth = count_of(json, "encoder_layers", 12)
-    if (also := count_of(json, "num_hidden_layers", depth)) != depth:
+    depth = read_count(json, "encoder_layers", 12)
+    if (also := read_count(json, "num_hidden_layers", depth)) != depth:
         raise HanlinError(f'"num_hidden_layers" is {also} and "encoder_layers" is {depth}; both count the same layers.')
-    heads, hidden = count_of(json, "encoder_attention_heads", 16), count_of(json, "encoder_ffn_dim", 4096)
+    heads, hidden = read_count(json, "encoder_attention_heads", 16), read_count(json, "encoder_ffn_dim", 4096)
     return with_encoder(config, depth, heads=heads, hidden=hidden)
 
 

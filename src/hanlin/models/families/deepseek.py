@@ -7,14 +7,13 @@ from typing import Any
 from hanlin.core.errors import HanlinError
 from hanlin.models.config import ModelConfig
 from hanlin.models.families.family import Family, Values
-from hanlin.models.families.keys import Setting
+from hanlin.models.families.keys import Setting, read_count
 from hanlin.models.families.sparse import (
     ACTIVATION,
     ROUTER_NOTES,
     dense_indices,
     expert_weights,
     first_experts,
-    read_count,
     with_dense,
 )
 
@@ -43,7 +42,7 @@ def dense_first(hidden: int, first: int) -> Callable[[ModelConfig, Mapping[str, 
     """Experts stand in every `moe_layer_freq`-th layer from `first_k_dense_replace` (default: `first`) on."""
 
     def shape(config: ModelConfig, json: Mapping[str, Any]) -> ModelConfig:
-        start = read_count(json, "first_k_dense_replace", first)
+        start = read_count(json, "first_k_dense_replace", first, least=0)
         step = read_count(json, "moe_layer_freq", 1, least=1)
         return with_dense(config, lambda i: i < start or i % step != 0, json.get("intermediate_size", hidden))
 

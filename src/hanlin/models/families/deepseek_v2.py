@@ -8,8 +8,8 @@ from hanlin.core.errors import HanlinError
 from hanlin.models.config import LatentAttentionConfig, ModelConfig
 from hanlin.models.families.deepseek import HIDDEN, HOOKED, NOTES, WEIGHTS, dense_first, say_dense_first, share_experts
 from hanlin.models.families.family import Family, Values
-from hanlin.models.families.keys import Setting
-from hanlin.models.families.sparse import ACTIVATION, first_experts, read_count
+from hanlin.models.families.keys import Setting, read_count
+from hanlin.models.families.sparse import ACTIVATION, first_experts
 from hanlin.nn.rope_scaling import Yarn
 
 LATENT: dict[str, Setting | None] = {

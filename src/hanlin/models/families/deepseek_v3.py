@@ -9,8 +9,8 @@ from hanlin.models.config import ModelConfig
 from hanlin.models.families.deepseek import NOTES, WEIGHTS, dense_first, say_dense_first, share_experts
 from hanlin.models.families.deepseek_v2 import LATENT, LATENT_HOOKED, finish_latent, say_latent
 from hanlin.models.families.family import Family, Values
-from hanlin.models.families.keys import Setting
-from hanlin.models.families.sparse import ACTIVATION, LAYER, read_count
+from hanlin.models.families.keys import Setting, read_count
+from hanlin.models.families.sparse import ACTIVATION, LAYER
 
 HIDDEN = 18432
 AHEAD = re.compile(r"ahead\.steps\.(\d+)\.(?:layer\.)?(.+)")
@@ -20,7 +20,7 @@ def finish(values: Values, json: Mapping[str, Any]) -> None:
     """Attention, the shared expert, the modules that predict ahead."""
     finish_latent(values, json)
     share_experts(values, json, default=1, least=1)
-    values["predict_ahead"] = read_count(json, "num_nextn_predict_layers", 0)
+    values["predict_ahead"] = read_count(json, "num_nextn_predict_layers", 0, least=0)
 
 
 def describe(config: ModelConfig) -> dict[str, Any]:

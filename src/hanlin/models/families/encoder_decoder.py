@@ -40,16 +40,6 @@ def first_encoder_layer(config: ModelConfig) -> LayerConfig:
     return config.encoder[0]
 
 
-def count_of(json: Mapping[str, Any], key: str, default: int, *, least: int = 1) -> int:
-    """A key that counts something, or its default where it is absent."""
-    value = json.get(key)
-    if value is None:
-        return default
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise HanlinError(f'"{key}" is {value!r}; it must be an integer of at least {least}.')
-    return value
-
-
 def flag_of(json: Mapping[str, Any], key: str, default: bool) -> bool:
     """A key that is true or false, or its default where it is absent."""
     value = json.get(key)

@@ -119,6 +119,16 @@ def _fits(value: Any, kind: type) -> bool:
     return isinstance(value, numbers) and not isinstance(value, bool) and (value > 0 or (value == 0 and kind is float))
 
 
+def read_count(json: Mapping[str, Any], key: str, default: int, *, least: int = 1) -> int:
+    """A key that counts something; null and absent are the default."""
+    value = json.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise HanlinError(f'"{key}" is {value!r}; it must be an integer of at least {least}.')
+    return value
+
+
 def read_integer(json: Mapping[str, Any], key: str, default: int, file: Path) -> int:
     """A key that holds an integer, whatever its sign."""
     value = json.get(key, default)
@@ -168,7 +178,8 @@ def write_rope(config: ModelConfig) -> dict[str, Any]:
     if position is None:
         return {}
     part = None if position.dim is None else rope_fraction(config)
-    table = scaling_to_json(position.theta, position.scaling, fraction=part, dim=position.dim)
+    width = next((a.head_dim for a in (la.attention for la in config.layers) if isinstance(a, AttentionConfig)), None)
+    table = scaling_to_json(position.theta, position.scaling, fraction=part, dim=position.dim or width)
     return {"rope_theta": position.theta, "rope_parameters": table}
 
 

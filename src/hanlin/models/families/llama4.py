@@ -12,13 +12,12 @@ from typing import Any
 from hanlin.core.errors import HanlinError
 from hanlin.models.config import AttentionConfig, LayerConfig, ModelConfig, QueryTemperature
 from hanlin.models.families.family import Family, Values
-from hanlin.models.families.keys import Setting
+from hanlin.models.families.keys import Setting, read_count
 from hanlin.models.families.sparse import (
     ACTIVATION,
     LAYER,
     ROUTER_NOTES,
     dense_indices,
-    read_count,
     read_indices,
     renamed_projections,
     with_dense,

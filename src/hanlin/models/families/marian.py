@@ -9,15 +9,14 @@ from typing import Any
 from hanlin.core.errors import HanlinError
 from hanlin.models.config import ModelConfig
 from hanlin.models.families import bart
-from hanlin.models.families.encoder_decoder import count_of
-from hanlin.models.families.keys import Setting
+from hanlin.models.families.keys import Setting, read_count
 
 POSITIONS = tuple(f"model.{stack}.embed_positions.weight" for stack in ("encoder", "decoder"))  # computed here
 
 
 def shape(config: ModelConfig, json: Mapping[str, Any]) -> ModelConfig:
     """BART's, where both sides have one vocabulary."""
-    size = count_of(json, "decoder_vocab_size", config.vocab_size)
+    size = read_count(json, "decoder_vocab_size", config.vocab_size)
     if size != config.vocab_size:
         raise HanlinError(
             f'"decoder_vocab_size" is {size} and "vocab_size" {config.vocab_size}; '

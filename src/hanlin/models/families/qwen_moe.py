@@ -7,7 +7,7 @@ from typing import Any
 from hanlin.core.errors import HanlinError
 from hanlin.models.config import ModelConfig
 from hanlin.models.families.family import Family, Values
-from hanlin.models.families.keys import Setting
+from hanlin.models.families.keys import Setting, read_count
 from hanlin.models.families.qwen3 import QWEN3
 from hanlin.models.families.sparse import (
     ACTIVATION,
@@ -15,7 +15,6 @@ from hanlin.models.families.sparse import (
     ROUTER_NOTES,
     dense_indices,
     expert_weights,
-    read_count,
     read_indices,
     with_dense,
 )

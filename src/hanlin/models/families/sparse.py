@@ -59,16 +59,6 @@ def first_experts(config: ModelConfig) -> ExpertsConfig | None:
     return next((f for layer in config.layers if isinstance(f := layer.feed_forward, ExpertsConfig)), None)
 
 
-def read_count(json: Mapping[str, Any], key: str, default: int, *, least: int = 0) -> int:
-    """An integer of at least `least`; null and absent are the default."""
-    value = json.get(key)
-    if value is None:
-        return default
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise HanlinError(f'"{key}" is {value!r}; it must be an integer of at least {least}.')
-    return value
-
-
 def read_indices(json: Mapping[str, Any], key: str, depth: int) -> set[int] | None:
     """A list of layers; None where it is null or absent."""
     value = json.get(key)

@@ -9,9 +9,9 @@ from typing import Any
 
 from hanlin.core.errors import HanlinError
 from hanlin.models.config import ExpertsConfig, FeedForwardConfig, LayerConfig, ModelConfig
-from hanlin.models.families.encoder_decoder import count_of, with_encoder
+from hanlin.models.families.encoder_decoder import with_encoder
 from hanlin.models.families.family import Family, Values
-from hanlin.models.families.keys import Setting, known_activation
+from hanlin.models.families.keys import Setting, known_activation, read_count
 from hanlin.models.families.t5 import (
     ALWAYS,
     BUCKETS,
@@ -41,7 +41,7 @@ def is_sparse(index: int, step: int) -> bool:
 
 def shape(config: ModelConfig, json: Mapping[str, Any]) -> ModelConfig:
     """The encoder beside the decoder; in both, layers without experts get a plain feed-forward of the same sizes."""
-    config = with_encoder(config, count_of(json, "num_layers", 12))
+    config = with_encoder(config, read_count(json, "num_layers", 12))
     decoder, encoder = (
         _thin_out(stack, json, name) for stack, name in ((config.layers, "decoder"), (config.encoder, "encoder"))
     )
@@ -49,8 +49,8 @@ def shape(config: ModelConfig, json: Mapping[str, Any]) -> ModelConfig:
 
 
 def _thin_out(stack: Stack, json: Mapping[str, Any], name: str) -> Stack:
-    depth, sparse = len(stack), count_of(json, f"num_sparse_{name}_layers", 3, least=0)
-    step = count_of(json, f"{name}_sparse_step", depth // sparse if sparse else depth, least=0)
+    depth, sparse = len(stack), read_count(json, f"num_sparse_{name}_layers", 3, least=0)
+    step = read_count(json, f"{name}_sparse_step", depth // sparse if sparse else depth, least=0)
     f = stack[0].feed_forward
     dense = replace(stack[0], feed_forward=FeedForwardConfig(f.hidden, activation=f.activation, gated=False))
     return tuple(layer if is_sparse(index, step) else dense for index, layer in enumerate(stack))

@@ -11,9 +11,9 @@ from typing import Any
 
 from hanlin.core.errors import HanlinError
 from hanlin.models.config import BucketPosition, ModelConfig
-from hanlin.models.families.encoder_decoder import count_of, first_encoder_layer, flag_of, with_encoder
+from hanlin.models.families.encoder_decoder import first_encoder_layer, flag_of, with_encoder
 from hanlin.models.families.family import Family, Values
-from hanlin.models.families.keys import Setting, known_activation
+from hanlin.models.families.keys import Setting, known_activation, read_count
 
 BUCKETS, DISTANCE = "relative_attention_num_buckets", "relative_attention_max_distance"
 SIZES = {
@@ -37,8 +37,8 @@ SKIPPED = (
 
 def fill_positions(values: Values, json: Mapping[str, Any], *, depth: int) -> None:
     """The buckets of distances, and as many decoder layers as the encoder has where the file leaves them to that."""
-    values["attention.position"] = BucketPosition(count_of(json, BUCKETS, 32), count_of(json, DISTANCE, 128))
-    values["depth"] = values["depth"] or count_of(json, "num_layers", depth)
+    values["attention.position"] = BucketPosition(read_count(json, BUCKETS, 32), read_count(json, DISTANCE, 128))
+    values["depth"] = values["depth"] or read_count(json, "num_layers", depth)
 
 
 def say_stacks(config: ModelConfig) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def fill(values: Values, json: Mapping[str, Any]) -> None:
 
 def shape(config: ModelConfig, json: Mapping[str, Any]) -> ModelConfig:
     """The encoder beside the decoder."""
-    return with_encoder(config, count_of(json, "num_layers", 6))
+    return with_encoder(config, read_count(json, "num_layers", 6))
 
 
 def describe(config: ModelConfig) -> dict[str, Any]:
