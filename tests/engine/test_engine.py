@@ -21,7 +21,7 @@ def ids_of(completions):
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize(
     "limits",
-    [{}, {"max_batch": 1}, {"max_batch": 3, "max_prefill_tokens": 4}, {"max_batch": 2, "keep_prefixes": 0}],
+    [{}, {"max_batch": 1}, {"max_batch": 3, "step_tokens": 4}, {"max_batch": 2, "page_size": 4}],
     ids=["default", "one by one", "tiny budget", "nothing kept"],
 )
 def test_batched_and_cached_equals_single_and_uncached(tokenizer, window, limits):
@@ -120,7 +120,7 @@ def test_a_known_beginning_is_not_computed_again(engine, tokenizer):
     assert first.usage.cached_tokens == 0
     history = tokenizer.encode("lazy dog. " * 9) + first.token_ids
     again = engine.generate(history + tokenizer.encode(" And then"), GREEDY)[0]
-    assert again.usage.cached_tokens == len(history) - 1  # the last token was chosen but never read
+    assert again.usage.cached_tokens == (len(history) - 1) // 16 * 16  # whole pages; the last token was never read
     assert again.token_ids == greedy_uncached(engine.model, history + tokenizer.encode(" And then"), 24)
 
 
@@ -153,7 +153,7 @@ def test_a_prompt_that_makes_no_sense_is_refused_at_once(engine, prompt, message
         engine.submit(prompt)
 
 
-@pytest.mark.parametrize("limits", [{"max_batch": 0}, {"max_context": 10**6}, {"max_prefill_tokens": 0}])
+@pytest.mark.parametrize("limits", [{"max_batch": 0}, {"max_context": 10**6}, {"step_tokens": 0}])
 def test_limits_out_of_range_are_refused_by_name(model, tokenizer, limits):
     with pytest.raises(HanlinError, match=next(iter(limits))):
         Engine(model, tokenizer, **limits)

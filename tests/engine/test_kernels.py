@@ -3,9 +3,9 @@ promises (the other tests run in fp64, which the kernels leave to torch)."""
 
 import pytest
 import torch
+from tests.engine.paging import Book
 
 from hanlin.engine import Engine, SamplingParams
-from hanlin.engine.cache import ContiguousCache
 from hanlin.kernels.library import library
 from hanlin.models.config import AttentionConfig, FeedForwardConfig, ModelConfig
 from hanlin.models.transformer import Transformer
@@ -39,7 +39,7 @@ def make_model(dtype: torch.dtype, window: int | None, size: int) -> Transformer
 def test_a_sequence_is_the_same_to_the_last_bit_in_any_batch(tokenizer, dtype, window):
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, logprobs=0)
     model = make_model(dtype, window, tokenizer.size)
-    with Engine(model, tokenizer, max_batch=5, keep_prefixes=0) as engine:
+    with Engine(model, tokenizer, max_batch=5) as engine:
         together = engine.generate(PROMPTS, params)
         for prompt, completion in zip(PROMPTS, together, strict=True):
             alone = engine.generate(prompt, params)[0]
@@ -53,7 +53,7 @@ def test_a_sequence_is_the_same_to_the_last_bit_in_any_batch(tokenizer, dtype, w
 def test_token_by_token_equals_the_whole(tokenizer, dtype, tolerance, window):
     model = make_model(dtype, window, tokenizer.size)
     ids = torch.randint(0, tokenizer.size, (2, 30))
-    cache = ContiguousCache(model.config, slots=2, capacity=30, dtype=dtype)
+    cache = Book(model.config, sequences=2, length=30, dtype=dtype)
     parts = [model(part, cache=cache.step([0, 1], 1)).logits for part in ids.split(1, dim=1)]
     whole = model(ids).logits
     error = (torch.cat(parts, 1) - whole).abs().max() / whole.std()

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.engine.paging import Book
 from tests.models.cases import Case, Inputs
 from torch import Tensor, nn
 
-from hanlin.engine.cache import ContiguousCache
 from hanlin.models import Output, Transformer, load_model
 from hanlin.models.families import find_family
 from hanlin.nn.masks import Padding
@@ -36,7 +36,7 @@ def run_ours(case: Case, model: Transformer, inputs: Inputs, **more: Any) -> Out
 def run_cached(case: Case, model: Transformer, inputs: Inputs, cuts: list[int]) -> Tensor:
     """The logits of the same tokens, read in pieces through a cache."""
     rows, length = inputs.ids.shape
-    cache = ContiguousCache(model.config, slots=rows, capacity=length, dtype=model.dtype)
+    cache = Book(model.config, sequences=rows, length=length, dtype=model.dtype)
     parts, start, whole = [], 0, case.ours(inputs)
     for count in cuts:
         piece = Inputs(inputs.ids[:, start : start + count], inputs.source, inputs.valid)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.engine.paging import Book
 from tests.models.cases import all_cases, inputs_of, reference_model
 from tests.models.ours import load_ours, run_ours
 from torch.utils.flop_counter import FlopCounterMode
@@ -35,12 +36,10 @@ def test_parameters_are_those_of_the_built_model(ours):
 
 
 def test_cache_bytes_are_those_of_the_cache(ours):
-    from hanlin.engine.cache import ContiguousCache
-
     _, model = ours
-    cache = ContiguousCache(model.config, slots=1, capacity=8, dtype=torch.float32)
-    held = sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
-    assert model.config.kv_bytes_per_token(4) == held / cache.room
+    cache = Book(model.config, sequences=1, length=8, dtype=torch.float32).cache
+    held = sum(cache.page_bytes(group) for group in range(len(cache.groups)))
+    assert model.config.kv_bytes_per_token(4) == held / cache.page
 
 
 def test_flops_are_those_that_torch_counts(ours, monkeypatch):

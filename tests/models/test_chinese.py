@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from tests.engine.paging import Book
 from tests.models import twin_baichuan, twin_chatglm, twin_chatglm2, twin_qwen
 from tests.models.cases import redraw_all
 
 from hanlin.core.errors import HanlinError
-from hanlin.engine.cache import ContiguousCache
 from hanlin.models import Transformer, load_config
 from hanlin.models.config import AlibiPosition, AttentionConfig, FeedForwardConfig, LatentAttentionConfig, ModelConfig
 from hanlin.nn.masks import Causal, Padding, Prefix
@@ -119,7 +119,7 @@ def test_a_prefix_read_in_one_piece_into_a_cache_is_the_whole_pass(prefix, windo
     model = small(AttentionConfig(4, 2, 8, window=window)).double()
     ids, mask = torch.randint(0, 40, (3, 14)), Prefix(prefix) | Causal()
     whole = model(ids, mask=mask).logits
-    cache, parts, start = ContiguousCache(model.config, slots=3, capacity=14, dtype=torch.float64), [], 0
+    cache, parts, start = Book(model.config, sequences=3, length=14, dtype=torch.float64), [], 0
     for count in (8, 1, 1, 3, 1):
         piece = ids[:, start : start + count]
         parts.append(model(piece, mask=mask, cache=cache.step(range(3), count)).logits)
@@ -133,7 +133,7 @@ def test_masks_that_a_cache_cannot_honour_are_refused():
     ids = torch.zeros(1, 3, dtype=torch.int64)
 
     def read(model: Transformer, mask: Any) -> None:
-        step = ContiguousCache(model.config, slots=1, capacity=8, dtype=torch.float32).step([0], 3)
+        step = Book(model.config, sequences=1, length=8, dtype=torch.float32).step([0], 3)
         model(ids, mask=mask, cache=step)
 
     with pytest.raises(ValueError, match="see itself"):

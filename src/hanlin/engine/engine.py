@@ -1,8 +1,14 @@
 """`Engine`: prompts in, completions out, many at once.
 
-The scheduler knows no phases: a request has tokens and how many of them are computed; each step computes some of what
-is missing and samples for those that have caught up. One worker thread owns the model and the cache; `submit` is safe
-from any thread, which is what the server calls. Later a paged cache and speculation slot in behind this face.
+    submit ─▶ Worker (one thread) ─▶ Scheduler: who computes what      tables, pages
+                     │   ▲
+                     ▼   │
+                   Runner: one flat batch through the model            paged cache
+                     │
+                     ▼
+                   Sampler: logits to tokens ─▶ Request: text, events
+
+`submit` is safe from any thread, which is what the server calls. docs/engine.md follows one request through it.
 
     with Engine.from_folder("runs/mine/model") as engine:
         print(engine.generate("Once upon a time")[0].text)
@@ -11,13 +17,28 @@ from any thread, which is what the server calls. Later a paged cache and specula
 import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from hanlin.core.device import choose_device, choose_dtype
 from hanlin.core.errors import HanlinError
-from hanlin.engine.request import Deliver, Request, RequestHandle
+from hanlin.engine.beams import BeamSearch
+from hanlin.engine.constraints import Constraints
+from hanlin.engine.contrastive import ContrastiveSearch
+from hanlin.engine.governor import SpeculationGovernor
+from hanlin.engine.handle import RequestHandle
+from hanlin.engine.memory import Memory, open_memory
+from hanlin.engine.ngram_draft import NgramDraft
+from hanlin.engine.request import BestOf, Deliver, Owner, Request, with_logprobs
+from hanlin.engine.runner import Runner
+from hanlin.engine.scheduler import Scheduler
+from hanlin.engine.search import Search
+from hanlin.engine.speculation import DraftModel, Ngrams, OwnHeads, Proposer, Speculation
+from hanlin.engine.tables import root_of
 from hanlin.engine.text import Spelling
 from hanlin.engine.types import Completion, EngineStats, Event, SamplingParams
 from hanlin.engine.worker import Worker
@@ -29,63 +50,113 @@ from hanlin.tokens import Tokenizer
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]  # text, token ids, or chat messages
 
 
-class Engine:
-    """Continuous batching over one model.
+@dataclass(frozen=True)
+class Limits:
+    """max_batch: sequences computed together; max_waiting: requests that may queue beyond them (`submit` raises `Busy`
+    past that); max_context: tokens a sequence may hold, prompt and output (None: the model's positions, or what the
+    pages can hold); step_tokens: tokens computed in one step, so that a long prompt does not stall the others;
+    pad_products: pad every step to step_tokens, so that no result depends on what is computed beside it, whatever the
+    matrix library does with products of different heights (Hanlin's own kernels do not need it).
 
-    max_batch: sequences computed together; max_waiting: requests that may queue beyond them (`submit` raises `Busy`
-    past that); max_context: tokens a sequence may hold, prompt and output (default: the model's); max_prefill_tokens:
-    prompt tokens computed in one step, so that a long prompt does not stall the others; keep_prefixes: how many ended
-    sequences stay in the cache, so that a prompt that begins like one of them is not computed again.
+    Memory (`engine.memory`): page_size: tokens a page; cache_bytes: of the device's pages (None: what max_batch
+    sequences can use, at most a quarter of the memory that is free); host_bytes: of pages in the host's memory below
+    it; disk_folder, disk_bytes: of pages on disk below that, which survive a restart.
+
+    speculate: how to guess tokens that one step then verifies (`engine.speculation`): from the text (ngram), by a
+    smaller model (draft), by the model's own modules (mtp); most_drafts: how many at once.
     """
 
+    max_batch: int = 64
+    max_waiting: int = 256
+    max_context: int | None = None
+    step_tokens: int = 512
+    pad_products: bool = False
+    page_size: int = 16
+    cache_bytes: int | None = None
+    host_bytes: int = 0
+    disk_folder: str | os.PathLike[str] | None = None
+    disk_bytes: int = 4 << 30
+    speculate: Literal["off", "ngram", "draft", "mtp"] = "off"
+    most_drafts: int = 8
+
+    def __post_init__(self) -> None:
+        for name, least in [
+            ("max_batch", 1), ("max_waiting", 0), ("max_context", 2), ("step_tokens", 1), ("page_size", 1),
+            ("cache_bytes", 1), ("host_bytes", 0), ("disk_bytes", 1), ("most_drafts", 1),
+        ]:  # fmt: skip
+            found = getattr(self, name)
+            if found is not None and found < least:
+                raise HanlinError(f"{name} is {found}; it must be at least {least}.")
+        if self.speculate not in ("off", "ngram", "draft", "mtp"):
+            raise HanlinError(f"speculate is {self.speculate!r}; it is one of: off, ngram, draft, mtp.")
+
+
+class Engine:
+    """Continuous batching over one model; draft: a smaller model with the same tokens, for speculate="draft"; limits:
+    those of `Limits`, by name."""
+
     def __init__(
-        self,
-        model: Transformer,
-        tokenizer: Tokenizer,
-        *,
-        max_batch: int = 16,
-        max_waiting: int = 256,
-        max_context: int | None = None,
-        max_prefill_tokens: int = 2048,
-        keep_prefixes: int = 4,
+        self, model: Transformer, tokenizer: Tokenizer, *, draft: Transformer | None = None, **limits: Any
     ) -> None:
+        self.limits = _limits(limits)
         longest = model.config.max_positions
-        limits = [
-            ("max_batch", max_batch, 1, None),
-            ("max_waiting", max_waiting, 0, None),
-            ("max_context", max_context or longest, 2, longest),
-            ("max_prefill_tokens", max_prefill_tokens, 1, None),
-            ("keep_prefixes", keep_prefixes, 0, None),
-        ]
-        for name, found, least, most in limits:
-            if found < least or (most is not None and found > most):
-                upper = "" if most is None else f" and at most {most}, the positions this model knows"
-                raise HanlinError(f"{name} is {found}; it must be at least {least}{upper}.")
+        if (self.limits.max_context or 0) > longest:
+            raise HanlinError(
+                f"max_context is {self.limits.max_context}; it must be at most {longest}, the positions this model "
+                "knows."
+            )
         self.model, self.tokenizer = model.eval(), tokenizer
-        self.max_context = max_context or longest
-        self._max_open = max_batch + max_waiting
+        self._writes = writes(model)
+        self._memory: Memory = open_memory(model, self.limits)
+        self.max_context = min(self.limits.max_context or longest, self._memory.capacity)
+        if self.limits.max_context is not None and self.max_context < self.limits.max_context:
+            raise HanlinError(
+                f"max_context is {self.limits.max_context}, but the pages of cache_bytes and host_bytes hold "
+                f"{self._memory.capacity} tokens. Raise one of them, or lower max_context."
+            )
+        self._max_open = self.limits.max_batch + self.limits.max_waiting
         self._spelling = Spelling(tokenizer)
         self._end_ids = frozenset(tokenizer.stop_ids) | _ends_of(model)
-        self._worker = Worker(
-            model,
-            max_batch=max_batch,
-            max_open=self._max_open,
-            max_context=self.max_context,
-            max_prefill_tokens=max_prefill_tokens,
-            keep=keep_prefixes,
+        self._made_constraints: list[Constraints] = []
+        self._runner = Runner(
+            model, self._memory.cache, height=self.limits.step_tokens if self.limits.pad_products else 0
         )
-        self._finalizer = weakref.finalize(self, self._worker.stop)  # also when the interpreter ends
+        scheduler = Scheduler(
+            self._memory.tables,
+            self._memory.tiers,
+            max_batch=self.limits.max_batch,
+            step_tokens=self.limits.step_tokens,
+        )
+        self._worker = Worker(
+            self._runner,
+            scheduler,
+            vocabulary=model.config.vocab_size,
+            device=model.device,
+            max_open=self._max_open,
+            drafter=self._speculation(draft),
+            fill_masks=lambda places, made=self._made_constraints: made[0].fill_masks(places),
+        )
+        self._finalizer = weakref.finalize(self, _stop, self._worker, self._memory)  # also when the interpreter ends
 
     @classmethod
     def from_folder(
-        cls, path: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto", device: str = "auto", **limits: int
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | str = "auto",
+        device: str = "auto",
+        adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+        draft: str | os.PathLike[str] | None = None,
+        **limits: Any,
     ) -> "Engine":
         """The model and tokenizer of a folder. On a CPU its weights are laid out for generating (`nn.frozen`): the
         engine's model can then be neither trained nor saved.
 
         dtype: "float32", "bfloat16" …, or "auto": whichever decodes this model faster here (`faster_dtype`).
-        limits: those of the constructor.
+        adapters: LoRA adapters by name, in PEFT's files. draft: the folder of a draft model. limits: those of the
+        constructor.
         """
+        _limits(limits)  # a wrong name is said before a large file is read
         if isinstance(dtype, str) and dtype != "auto":
             if dtype not in DTYPES:
                 raise HanlinError(f"Unknown dtype `{dtype}`; it is one of: auto, {', '.join(DTYPES)}.")
@@ -97,15 +168,27 @@ class Engine:
         else:
             model = load_model(path, device=target)
             model = model.to(faster_dtype(model))
+        helper = None
+        if draft is not None:
+            limits = {"speculate": "draft"} | limits
+            helper = load_model(draft, dtype=model.dtype, device=target)
+            freeze(helper)
         freeze(model)
-        return cls(model, tokenizer, **limits)
+        engine = cls(model, tokenizer, draft=helper, **limits)
+        for name, folder in (adapters or {}).items():
+            engine.load_adapter(name, folder)
+        return engine
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **owner: Any,
     ) -> list[Completion]:
         """All prompts together; returns n completions a prompt, in the order of the prompts.
 
-        However many there are, they wait for their turn: `Busy` is for `submit`. Ctrl-C aborts them.
+        owner: of all of them, as `submit`. However many there are, they wait for their turn: `Busy` is for `submit`.
+        Ctrl-C aborts them.
         """
         many: Sequence[Any] = prompts if _are_many(prompts) else [prompts]
         wanted = [params] * len(many) if params is None or isinstance(params, SamplingParams) else list(params)
@@ -115,7 +198,7 @@ class Engine:
         checked = [(self._prompt_ids(p), w or SamplingParams()) for p, w in zip(many, wanted, strict=True)]
         try:
             for ids, each in checked:
-                handles.append(self._start(ids, each, quiet=True))
+                handles.append(self._start(ids, each, Owner(**owner), quiet=True))
             events = [event for handle in handles for event in handle]
         except BaseException:
             for handle in handles:
@@ -125,15 +208,45 @@ class Engine:
         ends = iter(whole)
         return [c for _, each in checked for c in sorted((next(ends) for _ in range(each.n)), key=lambda c: c.index)]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Event]:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **owner: Any) -> Iterator[Event]:
         """Events of one prompt as they come; closing the iterator aborts the request."""
-        return iter(self.submit(prompt, params))
+        return iter(self.submit(prompt, params, **owner))
 
     def submit(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, on_event: Deliver | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        adapter: str | None = None,
+        salt: str = "",
+        priority: int = 0,
+        client: str = "",
+        on_event: Deliver | None = None,
     ) -> RequestHandle:
-        """Queue a request. Raises `HanlinError` for a prompt that does not fit, `Busy` when the queue is full."""
-        return self._start(self._prompt_ids(prompt), params or SamplingParams(), on_event=on_event, bounded=True)
+        """Queue a request. adapter, salt, priority, client: see `Owner`. Raises `HanlinError` for a prompt that does
+        not fit, `Busy` when the queue is full."""
+        owner = Owner(adapter, salt, priority, client)
+        return self._start(self._prompt_ids(prompt), params or SamplingParams(), owner, on_event=on_event, bounded=True)
+
+    def embed(self, prompts: Prompt | Sequence[Prompt]) -> Tensor:
+        """The meaning of texts as vectors: hidden states after the last norm, their mean over a text's tokens, scaled
+        to length 1: (prompts, width) fp32. One text at a time, between the steps of what is being generated."""
+        many: Sequence[Any] = prompts if _are_many(prompts) else [prompts]
+        rows = [self._prompt_ids(prompt, writes=False) for prompt in many]
+        vectors = [self._worker.between_steps(partial(mean_pooled, self.model, ids)) for ids in rows]
+        return torch.stack([vector.result() for vector in vectors])
+
+    def load_adapter(self, name: str, folder: str | os.PathLike[str]) -> None:
+        """Read a LoRA adapter in PEFT's files; requests may then ask for it by name. Between two steps of what runs."""
+        self._worker.between_steps(partial(self._runner.adapters.load, name, folder)).result()
+
+    def unload_adapter(self, name: str) -> None:
+        """Take no more requests for it; those under way end with it."""
+        self._worker.between_steps(partial(self._runner.adapters.unload, name)).result()
+
+    def adapters(self) -> list[str]:
+        """The names of those that are loaded."""
+        return self._runner.adapters.names
 
     def stats(self) -> EngineStats:
         """What runs and waits now, and totals since the start."""
@@ -153,31 +266,99 @@ class Engine:
         self,
         ids: list[int],
         params: SamplingParams,
+        owner: Owner,
         *,
         on_event: Deliver | None = None,
         quiet: bool = False,
         bounded: bool = False,
     ) -> RequestHandle:
-        if bounded and params.n > self._max_open:
-            raise HanlinError(f"n is {params.n}; this engine runs and queues at most {self._max_open} sequences.")
-        handle = RequestHandle(self._worker.wake, on_event)
-        for index in range(params.n):
+        sequences = params.beams if params.beams > 1 else params.copies
+        if bounded and sequences > self._max_open:
+            raise HanlinError(f"n is {sequences}; this engine runs and queues at most {self._max_open} sequences.")
+        if not self._writes:
+            raise HanlinError("This model reads and does not write: it gives embeddings, no completions.")
+        ids, owner = self._split_source(ids, owner)
+        handle = RequestHandle(self._worker.wake, params.n, on_event)
+        deliver: Deliver = handle.deliver
+        if params.best_of is not None and params.best_of > params.n:
+            deliver, params, quiet = BestOf(params, handle.deliver), with_logprobs(params), True
+        matcher = None if params.constraint is None else self._constraints.compile(params.constraint)
+        adapter = None if owner.adapter is None else self._runner.adapters.find(owner.adapter)
+        root = root_of(self._memory.identity, "" if adapter is None else adapter.key, owner.salt)
+        for index in range(1 if params.beams > 1 or params.contrast else params.copies):
             request = Request(
                 ids,
                 params,
                 spelling=self._spelling,
                 end_ids=self._end_ids,
                 room=self.max_context - len(ids),
-                deliver=handle.deliver,
+                deliver=deliver,
+                owner=owner,
                 quiet=quiet,
                 index=index,
                 leader=handle.requests[0] if index else None,
+                matcher=matcher if matcher is None or not index else matcher.copy(),
             )
+            request.root, request.adapter = root, adapter
+            request.search = self._search(request)
             handle.requests.append(request)
         self._worker.submit(handle.requests, bounded=bounded)
         return handle
 
-    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+    def _speculation(self, draft: Transformer | None) -> Speculation | None:
+        kind = self.limits.speculate
+        if (draft is not None) != (kind == "draft"):
+            raise HanlinError(f'speculate is "{kind}"; a draft model goes together with "draft", and only with that.')
+        if kind == "off":
+            return None
+        proposer: Proposer
+        if kind == "ngram":
+            proposer = Ngrams(NgramDraft(most=self.limits.most_drafts))
+        elif kind == "mtp":
+            proposer = OwnHeads(self._runner)
+        else:
+            assert draft is not None
+            pages = self._memory.tables.pools[0].size
+            proposer = DraftModel(draft, self.model.config.vocab_size, pages=pages, page=self.limits.page_size)
+        return Speculation(proposer, SpeculationGovernor(self.limits.most_drafts))
+
+    @property
+    def _constraints(self) -> Constraints:
+        """Made when the first constraint comes: it reads the whole vocabulary."""
+        if not self._made_constraints:
+            self._made_constraints.append(Constraints(self.tokenizer, self.model.config.vocab_size, self._end_ids))
+        return self._made_constraints[0]
+
+    def _search(self, request: Request) -> Search | None:
+        """What computes several sequences for this one request."""
+        p = request.params
+        if p.beams == 1 and not p.contrast:
+            return None
+        name, width = ("beams", p.beams) if p.beams > 1 else ("contrast", p.top_k)
+        for other, used in [("stop", p.stop), ("constraint", p.constraint), ("logprobs", p.logprobs is not None),
+                            ("prompt_logprobs", p.prompt_logprobs is not None)]:  # fmt: skip
+            if used:
+                raise HanlinError(f"{other} has no effect together with {name}; leave one of them out.")
+        if width > min(self.limits.max_batch, self.limits.step_tokens):
+            raise HanlinError(
+                f"{name} needs {width} sequences at once; this engine computes {self.limits.max_batch} together, in "
+                f"steps of {self.limits.step_tokens} tokens."
+            )
+        most = len(request.ids) + request.limit
+        if not self._memory.tables.fits(most, sequences=width, step=self.limits.step_tokens):
+            raise HanlinError(
+                f"{name} needs pages for {width} sequences of {most} tokens, more than this engine has; raise "
+                "cache_bytes, or lower max_tokens."
+            )
+        return BeamSearch(request) if p.beams > 1 else ContrastiveSearch(request)
+
+    def _split_source(self, ids: list[int], owner: Owner) -> tuple[list[int], Owner]:
+        """A model with an encoder reads the prompt there, and its decoder begins with a token of its own."""
+        if self.model.encoder is None:
+            return ids, owner
+        return self._decoder_start, replace(owner, source=tuple(ids))
+
+    def _prompt_ids(self, prompt: Prompt, *, writes: bool = True) -> list[int]:
         """Text, ids or messages as checked token ids."""
         messages = [part for part in prompt if isinstance(part, Mapping)]
         if isinstance(prompt, str):
@@ -193,13 +374,23 @@ class Engine:
         size = self.model.config.vocab_size
         if wrong := [token for token in ids if not 0 <= token < size]:
             raise HanlinError(f"The prompt has the token {wrong[0]}; this model's ids go from 0 to {size - 1}.")
-        if len(ids) >= self.max_context:
+        if len(ids) + writes > self.max_context:
             advice = "" if self.max_context == self.model.config.max_positions else ", or raise max_context"
             raise HanlinError(
                 f"The prompt has {len(ids)} tokens; this engine's context is {self.max_context}, prompt and output "
                 f"together. Shorten the prompt{advice}."
             )
         return ids
+
+    @property
+    def _decoder_start(self) -> list[int]:
+        extra = self.model.config.extra
+        places = [extra.get("generation_config") or {}, extra]
+        start = next((p["decoder_start_token_id"] for p in places if p.get("decoder_start_token_id") is not None), None)
+        if start is None:
+            start = next((p["pad_token_id"] for p in places if p.get("pad_token_id") is not None), 0)
+        forced = next((p["forced_bos_token_id"] for p in places if p.get("forced_bos_token_id") is not None), None)
+        return [start] if forced is None else [start, forced]
 
 
 SMALL = 6_000_000  # parameters
@@ -232,3 +423,27 @@ def _ends_of(model: Transformer) -> frozenset[int]:
         ends = place.get("eos_token_id")
         found |= set(ends) if isinstance(ends, list) else set() if ends is None else {ends}
     return frozenset(found)
+
+
+def writes(model: Transformer) -> bool:
+    """Whether it generates: it has an output head, and no layer of its decoder looks ahead."""
+    return model.lm_head is not None and not any(layer.attention.bidirectional for layer in model.config.layers)
+
+
+def mean_pooled(model: Transformer, ids: Sequence[int]) -> Tensor:
+    """The mean of a text's last hidden states, of length 1: (width,) fp32."""
+    tokens = torch.tensor([list(ids)], device=model.device)
+    hidden = model.encode(tokens) if model.encoder is not None else model(tokens, logits=None).hidden
+    return torch.nn.functional.normalize(hidden[0].float().mean(0), dim=0).cpu()
+
+
+def _limits(named: Mapping[str, Any]) -> Limits:
+    known = Limits.__dataclass_fields__
+    if wrong := [name for name in named if name not in known]:
+        raise HanlinError(f"Unknown limit `{wrong[0]}` of the engine; it is one of: {', '.join(known)}.")
+    return Limits(**named)
+
+
+def _stop(worker: Worker, memory: Memory) -> None:
+    worker.stop()
+    memory.tiers.close()

@@ -1,21 +1,45 @@
-"""A sequence on its way through the engine, and the handle by which its owner follows it.
+"""A sequence on its way through the engine.
 
-A `Request` is one completion: a prompt with `n = 3` is three of them. It belongs to the worker thread; other threads
-only set `aborted`.
+A `Request` is one completion: a prompt with `n = 3` is three of them, and a search (`engine.search`) computes several
+for one answer. It belongs to the worker thread; other threads only set `aborted`.
 """
 
+import copy
 import random
 import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from queue import SimpleQueue
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from hanlin.core.seeds import derive
 from hanlin.engine.sampling import Row
+from hanlin.engine.tables import Table
 from hanlin.engine.text import Spelling, TextStream
 from hanlin.engine.types import Completion, Event, FinishReason, SamplingParams, TokenLogprob, Usage
 
+if TYPE_CHECKING:
+    from hanlin.engine.adapters import Adapter
+    from hanlin.engine.constraints import Matcher
+    from hanlin.engine.search import Search
+
 Deliver = Callable[[Event | Exception], None]
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Whose request it is: what it may share, and when it is its turn.
+
+    adapter: a loaded adapter; salt: nothing is shared with requests of another salt; priority: lower goes first;
+    client: of equal priority, the client that was served least goes first. source: what the encoder of a model that has
+    one reads.
+    """
+
+    adapter: str | None = None
+    salt: str = ""
+    priority: int = 0
+    client: str = ""
+    source: tuple[int, ...] | None = None
 
 
 class Request:
@@ -34,26 +58,37 @@ class Request:
         end_ids: frozenset[int],
         room: int,
         deliver: Deliver,
+        owner: Owner | None = None,
         quiet: bool = False,
         index: int = 0,
         leader: "Request | None" = None,
+        matcher: "Matcher | None" = None,
     ) -> None:
-        self.params, self.index, self.leader = params, index, leader
+        self.params, self.index, self.leader, self.matcher = params, index, leader, matcher
+        self.owner = owner or Owner()
         self.ids, self.prompt_tokens, self.computed = list(prompt), len(prompt), 0
-        self.cached_tokens = 0
+        self.table: Table | None = None
+        self.root = b""
+        self.arrival = 0
+        self.cached_tokens = self.preemptions = self.drafted = self.accepted = 0
+        self.adapter: Adapter | None = None
+        self.search: Search | None = None
+        self.loading: list[tuple[int, int, Future[bool]]] = []  # (group, index in the table, whether it came)
         self.aborted = False
         self.finish_reason: FinishReason | None = None
-        own = () if params.seed is None else (derive(params.seed, index),)
-        ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else end_ids)
-        self.row = Row(params, self.ids, len(prompt), sorted(ends), random.Random(*own))
-        self._ends, self._limit = ends, min(params.max_tokens, room)
-        self._spelling, self._stream = spelling, TextStream(params.stop)
-        self._deliver, self._quiet = deliver, quiet
+        self.prompt_logprobs: list[TokenLogprob] = []
+        self.ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else end_ids)
+        seed = random.getrandbits(63) if params.seed is None else derive(params.seed, index)
+        self.row = Row(params, self.ids, len(prompt), sorted(self.ends), seed)
+        self.limit = min(params.max_tokens, room)
+        self.spelling, self._stream = spelling, TextStream(params.stop, include=params.include_stop)
+        self.deliver, self._quiet = deliver, quiet
         self._pieces: list[str] = []
         self._logprobs: list[TokenLogprob] = []
         self._submitted = time.perf_counter()
         self._first_token_s = 0.0
-        self._last: Event | Exception | None = None
+        self._last: list[Event | Exception] = []
+        self.settled = False
 
     @property
     def missing(self) -> int:
@@ -64,6 +99,17 @@ class Request:
     def generated(self) -> int:
         return len(self.ids) - self.prompt_tokens
 
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Who is served first, and preempted last."""
+        return self.owner.priority, self.arrival
+
+    @property
+    def sharing(self) -> bool:
+        """Whether known pages may stand for its prompt: not where every token's logits or hidden state is wanted."""
+        unread = self.params.prompt_logprobs is None or len(self.prompt_logprobs) >= self.prompt_tokens - 1
+        return unread and (self.search is None or self.search.sharing)
+
     def accept(self, token: int, logprob: TokenLogprob | None) -> None:
         """The next token; delivers its event, or ends the request (`finish_reason`)."""
         if not self.generated:
@@ -71,95 +117,128 @@ class Request:
         self.ids.append(token)
         if logprob is not None:
             self._logprobs.append(logprob)
-        if token in self._ends:
-            self._end("stop", self._stream.finish(), [token], logprob)
+        if token in self.ends:
+            self._end("stop", self._stream.finish(), [token], logprob, stop=token)
             return
-        text = self._stream.push(self._spelling(token), watch=self.generated >= self.params.min_tokens)
+        if self.matcher is not None:
+            self.matcher.accept(token)
+        text = self._stream.push(self.spelling(token), watch=self.generated >= self.params.min_tokens)
         if self._stream.stopped:
-            self._end("stop", text, [token], logprob)
-        elif self.generated >= self._limit:
+            self._end("stop", text, [token], logprob, stop=self._stream.found)
+        elif self.generated >= self.limit:
             text += self._stream.finish()
-            self._end("stop" if self._stream.stopped else "length", text, [token], logprob)
+            self._end("stop" if self._stream.stopped else "length", text, [token], logprob, stop=self._stream.found)
         else:
             self._pieces.append(text)
             if not self._quiet:
-                self._deliver(Event(text, [token], None if logprob is None else [logprob], self.index))
+                self.deliver(Event(text, [token], None if logprob is None else [logprob], self.index))
+
+    def branch(self, ids: Sequence[int]) -> None:
+        """Go on with other tokens (a search)."""
+        self.ids[:] = ids
+        self.row = Row(self.params, self.ids, self.prompt_tokens, sorted(self.ends), self.row.seed)
+
+    def sibling(self) -> "Request":
+        """Another sequence of the same search; only the first of them tells its owner anything."""
+        other = copy.copy(self)
+        other.ids, other.table, other.computed = list(self.ids), None, 0
+        other.loading, other.settled = [], True
+        return other
 
     def abort(self) -> None:
         """End it with what there is."""
-        self._end("abort", self._stream.finish(), [], None)
+        if self.search is not None:
+            self.end_search([], reason="abort")
+        else:
+            self._end("abort", self._stream.finish(), [], None)
 
     def fail(self, error: Exception) -> None:
-        self.finish_reason, self._last = "abort", error
+        self.finish_reason = "abort"
+        self._last = [error]
+
+    def end_search(self, found: Sequence[tuple[list[int], float]], *, reason: FinishReason = "length") -> None:
+        """The answers of a search, best first: (the generated tokens, score) each. Fewer than were asked for: the rest
+        are empty."""
+        wanted = [*found[: self.params.n], *[([], float("-inf"))] * (self.params.n - len(found))]
+        self.finish_reason = reason
+        self._last = []
+        for index, (ids, score) in enumerate(wanted):
+            ended = bool(ids) and ids[-1] in self.ends
+            stream = TextStream(self.params.stop, include=self.params.include_stop)
+            text = "".join(stream.push(self.spelling(token)) for token in ids) + stream.finish()
+            why: FinishReason = "stop" if ended or stream.stopped else reason
+            stop = ids[-1] if ended else stream.found
+            completion = Completion(text, ids, None, why, self._usage(len(ids)), index, None, score, stop)
+            self._last.append(Event(text, list(ids), None, index, completion))
 
     def settle(self) -> None:
         """Deliver how it ended. The worker calls this when the request's place is free again, not before."""
-        assert self._last is not None
-        self._deliver(self._last)
+        self.settled = True
+        for event in self._last:
+            self.deliver(event)
 
-    def _end(self, reason: FinishReason, text: str, new: list[int], logprob: TokenLogprob | None) -> None:
+    def _end(
+        self, reason: FinishReason, text: str, new: list[int], logprob: TokenLogprob | None,
+        *, stop: str | int | None = None,
+    ) -> None:  # fmt: skip
         self.finish_reason = reason
         self._pieces.append(text)
         wanted = self.params.logprobs is not None
-        usage = Usage(
-            self.prompt_tokens,
-            self.generated,
-            self._first_token_s,
-            time.perf_counter() - self._submitted,
-            self.cached_tokens,
-        )
         completion = Completion(
             "".join(self._pieces),
             self.ids[self.prompt_tokens :],
             self._logprobs if wanted else None,
             reason,
-            usage,
+            self._usage(self.generated),
             self.index,
+            None if self.params.prompt_logprobs is None else self.prompt_logprobs,
+            stop=stop,
         )
         pieces = [] if logprob is None else [logprob]
-        self._last = Event(text, new, pieces if wanted else None, self.index, completion)
+        self._last = [Event(text, new, pieces if wanted else None, self.index, completion)]
+
+    def _usage(self, generated: int) -> Usage:
+        return Usage(
+            self.prompt_tokens,
+            generated,
+            self._first_token_s,
+            time.perf_counter() - self._submitted,
+            self.cached_tokens,
+            self.preemptions,
+            self.drafted,
+            self.accepted,
+        )
 
 
-class RequestHandle:
-    """A request under way: iterate its events (blocking), or `abort()` it.
+class BestOf:
+    """Of `drawn` completions the `n` with the highest mean log-probability, delivered when the last has ended."""
 
-    With `on_event` there is nothing to iterate: it is called from the worker thread with each event, or with the
-    exception that ended the request, and must return at once. If it raises, the request is aborted.
-    """
+    def __init__(self, params: SamplingParams, deliver: Deliver) -> None:
+        self._params, self._deliver = params, deliver
+        self._found: list[tuple[float, Event]] = []
+        self._failed = False
 
-    def __init__(self, wake: Callable[[], None], on_event: Deliver | None = None) -> None:
-        self.requests: list[Request] = []
-        self._wake = wake
-        self._events: SimpleQueue[Event | Exception] = SimpleQueue()
-        self._on_event = on_event
-
-    def deliver(self, event: Event | Exception) -> None:
-        if self._on_event is None:
-            self._events.put(event)
+    def __call__(self, event: Event | Exception) -> None:
+        if isinstance(event, Exception):
+            if not self._failed:
+                self._deliver(event)
+            self._failed = True
             return
-        try:
-            self._on_event(event)
-        except Exception:
-            traceback.print_exc()
-            self.abort()
+        if event.completion is None or self._failed:
+            return
+        logprobs = event.completion.logprobs or []
+        mean = sum(token.logprob for token in logprobs) / max(1, len(logprobs))
+        self._found.append((mean, event))
+        if len(self._found) < self._params.copies:
+            return
+        for index, (score, best) in enumerate(sorted(self._found, key=lambda pair: -pair[0])[: self._params.n]):
+            assert best.completion is not None
+            kept = best.completion.logprobs if self._params.logprobs is not None else None
+            whole = replace(best.completion, index=index, score=score, logprobs=kept)
+            self._deliver(Event(whole.text, whole.token_ids, kept, index, whole))
 
-    def __iter__(self) -> Iterator[Event]:
-        if self._on_event is not None:
-            raise TypeError("This request's events go to its `on_event`; there is nothing to iterate.")
-        left = len(self.requests)
-        try:
-            while left:
-                event = self._events.get()
-                if isinstance(event, Exception):
-                    raise event
-                left -= event.completion is not None
-                yield event
-        finally:
-            if left:
-                self.abort()
 
-    def abort(self) -> None:
-        """Stop computing it; its last event comes with finish_reason "abort". Harmless once it has ended."""
-        for request in self.requests:
-            request.aborted = True
-        self._wake()
+def with_logprobs(params: SamplingParams) -> SamplingParams:
+    """The same, with the chosen tokens' log-probabilities at least."""
+    changed: dict[str, Any] = {} if params.logprobs is not None else {"logprobs": 0}
+    return replace(params, **changed)

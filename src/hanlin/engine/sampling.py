@@ -1,171 +1,326 @@
-"""From logits to tokens. Pure functions over (rows, vocabulary), in the order in which they are applied:
+"""From the logits of a step to the next tokens, in the order that `SamplingParams` states:
 
-    repetition penalty → temperature → top-k → top-p → min-p → draw
+    logit bias, bans → repetition → presence, frequency → DRY → temperature → top-k → top-p → min-p → typical → draw
 
-Every filter is a floor: tokens whose logit lies below it cannot be drawn (a tie with the last token kept is kept too).
-So filters combine by taking the highest floor, and a row's result never depends on how the other rows are filtered.
+A step has many places at which a token is chosen, and each asks for something else. What is asked for is done for those
+places together, and only for those: a greedy place costs one pass over its logits. A place's token depends on its own
+row only, to the last bit.
 
-A row draws with one uniform number of its own generator against the cumulative probabilities in the order of the
-vocabulary (inverse transform sampling): its draws are the same whoever runs beside it.
+A place may stand behind guessed tokens (speculation): penalties, bans and `min_tokens` see these as if they were
+written, and the draw is the one that the token at this position has anyway.
 """
 
 import math
-import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from hanlin.engine.types import SamplingParams, TokenLogprob
+from hanlin.engine.filters import (
+    apply_temperature,
+    block_sums,
+    draw,
+    drop_below,
+    drop_untypical,
+    min_p_floor,
+    top_k_floor,
+    top_p_floor,
+    uniform,
+)
+from hanlin.engine.penalties import (
+    History,
+    Ints,
+    Words,
+    dry_penalties,
+    forbid,
+    index_words,
+    ngram_bans,
+    occurrence_penalties,
+    penalise_repetition,
+    word_bans,
+)
+from hanlin.engine.types import EVERY, SamplingParams, TokenLogprob
 
-BROKEN = -1  # the "token" of a row whose logits are not finite numbers
-NUCLEUS = (256, 4096)  # top-p looks at so many tokens first; they nearly always suffice, and sorting 150k takes 15 ms
-
-
-def penalise_repetition(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
-    """CTRL, arXiv:1909.05858: seen (rows, V) bool, penalty (rows, 1) -> seen tokens' logits divided by it if positive,
-    multiplied if negative."""
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-
-
-def apply_temperature(logits: Tensor, temperature: Tensor) -> Tensor:
-    """(logits - max) / temperature (rows, 1): the same distribution as without the shift, and nothing overflows."""
-    return (logits - logits.amax(-1, keepdim=True)) / temperature.clamp_min(1e-30)
-
-
-def top_k_floor(ordered: Tensor, k: Tensor) -> Tensor:
-    """The k-th largest logit of each row: ordered (rows, W) descending, W ≥ k; k (rows, 1), 0 is off -> (rows, 1)."""
-    kth = ordered.gather(-1, (k - 1).clamp(0, ordered.shape[-1] - 1))
-    return kth.masked_fill(k == 0, -math.inf)
-
-
-def top_p_floor(logits: Tensor, p: Tensor) -> Tensor:
-    """The lowest logit of the nucleus (arXiv:1904.09751): the fewest likeliest tokens that together reach p.
-
-    logits (rows, V), p (rows, 1), 1 is off -> (rows, 1).
-    """
-    size = logits.shape[-1]
-    norm = logits.double().logsumexp(-1, keepdim=True)
-    for width in (*(w for w in NUCLEUS if w < size), size):
-        ordered = logits.topk(width).values
-        probability = (ordered - norm).exp()
-        inside = probability.cumsum(-1) - probability < p  # what the likelier ones sum to
-        if width == size or bool((~inside[:, -1:] | (p >= 1)).all()):
-            break
-    last = inside.sum(-1, keepdim=True).sub_(1).clamp_min_(0)
-    return ordered.gather(-1, last).masked_fill(p >= 1, -math.inf)
+BROKEN = -1  # the "token" of a place whose logits are not finite numbers, or where nothing is allowed
+CHUNK = 64  # prompt tokens whose log-probabilities are computed at once: 64 x 150k take 39 MB
 
 
-def min_p_floor(logits: Tensor, p: Tensor) -> Tensor:
-    """arXiv:2407.01082: below p times the top probability. p (rows, 1), 0 is off -> (rows, 1)."""
-    return logits.amax(-1, keepdim=True) + p.log()
-
-
-def drop_below(logits: Tensor, floor: Tensor) -> Tensor:
-    return logits.masked_fill(logits < floor, -math.inf)
-
-
-def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """One token a row: logits (rows, V), uniform (rows,) in [0, 1) fp64 -> tokens (rows,), whether the row was finite.
-
-    Sums run in fp64: over 150k tokens fp32 would lose the tail.
-    """
-    total = logits.softmax(-1).cumsum(-1, dtype=torch.float64)  # (rows, V)
-    end = total[:, -1:]
-    point = torch.minimum(uniform[:, None] * end, torch.nextafter(end, torch.zeros_like(end)))
-    return torch.searchsorted(total, point, right=True)[:, 0].clamp_max_(logits.shape[-1] - 1), end[:, 0].isfinite()
-
-
-def report_logprobs(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[TokenLogprob]:
-    """Under the model's own distribution: logits (rows, V) unfiltered; counts: alternatives to report of each row."""
-    logprobs = logits.log_softmax(-1)
-    own = logprobs.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
-    values, ids = logprobs.topk(min(max(counts), logits.shape[-1]))
-    rows = zip(tokens, own, ids.tolist(), values.tolist(), counts, strict=True)
-    return [TokenLogprob(t, lp, tuple(zip(i[:n], v[:n], strict=True))) for t, lp, i, v, n in rows]
-
-
-@dataclass
+@dataclass(eq=False)
 class Row:
     """What sampling knows of one sequence. ids: prompt and output, growing; prompt: tokens of the prompt;
-    ends: tokens that would end it, which cannot be drawn before `min_tokens`."""
+    ends: tokens that would end it, which cannot be drawn before `min_tokens`; seed: of its draws."""
 
     params: SamplingParams
     ids: list[int]
     prompt: int
     ends: list[int] = field(default_factory=list)
-    generator: random.Random = field(default_factory=random.Random)
+    seed: int = 0
+    history: History = field(init=False, repr=False)
+    words: Words = field(init=False, repr=False)
+    bias: tuple[Ints, np.ndarray] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        p = self.params
+        bias: dict[int, float] = {}
+        for token, added in p.logit_bias:
+            bias[token] = bias.get(token, 0.0) + added
+        self.bias = np.array(list(bias), dtype=np.int64), np.array(list(bias.values()), dtype=np.float64)
+        self.words = index_words(p.bad_words)
+        self.history = History(p, self.prompt)
+        self.penalised = bool(
+            p.repetition_penalty != 1
+            or p.presence_penalty
+            or p.frequency_penalty
+            or p.no_repeat_ngram
+            or p.dry_multiplier
+        )
+        self._edited = self.penalised or bool(bias or self.words)
+
+    def edits(self, drafted: Sequence[int] = ()) -> bool:
+        """Whether anything is done to the logits behind `drafted`, before the temperature."""
+        return self._edited or self.held_open(drafted)
+
+    def held_open(self, drafted: Sequence[int] = ()) -> bool:
+        """Whether it is too short to end behind `drafted`."""
+        return len(self.ids) + len(drafted) - self.prompt < self.params.min_tokens and bool(self.ends)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a token is chosen: behind the row's tokens and `drafted`."""
+
+    row: Row
+    drafted: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """token: `BROKEN` where there is none to choose. logprob: if the row asks for it."""
+
+    token: int
+    logprob: TokenLogprob | None = None
 
 
 class Sampler:
-    """Chooses the next tokens of some rows, step after step while the rows stay the same; does only what one of them
-    asks for: for greedy rows that is one pass over the logits and no sort."""
+    """Chooses the tokens of steps; all state is the rows'."""
 
-    def __init__(self, rows: Sequence[Row], vocabulary: int, device: torch.device | str = "cpu") -> None:
-        self.rows = rows
-        params = [row.params for row in rows]
+    def __init__(self, vocabulary: int, device: torch.device | str = "cpu") -> None:
+        self.vocabulary, self.device = vocabulary, torch.device(device)
 
-        def column(values: list, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=device)[:, None]  # (rows, 1)
+    def choose(self, logits: Tensor, places: Sequence[Place], allowed: Tensor | None = None) -> list[Choice]:
+        """A token for each place: logits (M, V), which stay as they are.
 
-        self._drawn = [i for i, p in enumerate(params) if p.temperature > 0]
-        drawn = [params[i] for i in self._drawn]
-        self._greedy = [i for i, p in enumerate(params) if p.temperature == 0]
-        self._temperature = column([p.temperature for p in drawn])
-        self._widest = min(max((p.top_k for p in drawn), default=0), vocabulary)
-        self._top_k = column([p.top_k for p in drawn], torch.int64)
-        self._top_p = column([p.top_p for p in drawn], torch.float64) if any(p.top_p < 1 for p in drawn) else None
-        self._min_p = column([p.min_p for p in drawn]) if any(p.min_p > 0 for p in drawn) else None
-        self._reporting = [i for i, p in enumerate(params) if p.logprobs is not None]
-        self._held_open = [row for row in enumerate(rows) if row[1].params.min_tokens and row[1].ends]
-        self._seen = self._penalty = None
-        if any(p.repetition_penalty != 1 for p in params):
-            self._penalty = column([p.repetition_penalty for p in params])
-            self._seen = torch.zeros(len(rows), vocabulary, dtype=torch.bool, device=device)
-            for mark, row in zip(self._seen, rows, strict=True):
-                if row.params.repetition_penalty != 1:
-                    mark[row.ids] = True
+        allowed: (M, ceil(V / 32)) int32, bit t % 32 of word t // 32 says whether token t may come; all ones where the
+        place is not constrained.
+        """
+        bound = [False] * len(places) if allowed is None else (allowed != -1).any(-1).tolist()
+        params = [place.row.params for place in places]
+        easy = [
+            i for i, p in enumerate(params) if not (p.temperature or bound[i] or places[i].row.edits(places[i].drafted))
+        ]
+        tokens, reports = [BROKEN] * len(places), dict[int, tuple[float, float]]()  # of a place: kept, drawn
+        if easy:
+            self._take_best(tokens, easy, logits if len(easy) == len(places) else logits[easy])
+        if len(easy) < len(places):
+            skip = set(easy)
+            hard = [i for i in range(len(places)) if i not in skip]
+            masks = None if allowed is None else allowed[hard]
+            edited = self._edit(logits[hard].float(), [places[i] for i in hard], masks)
+            best = [n for n, i in enumerate(hard) if not params[i].temperature]
+            drawn = [n for n, i in enumerate(hard) if params[i].temperature]
+            if best:
+                self._take_best(tokens, [hard[n] for n in best], edited[best] if drawn else edited)
+            if drawn:
+                at = [hard[n] for n in drawn]
+                reports = self._draw(tokens, at, edited[drawn] if best else edited, [places[i] for i in at])
+        logprobs = self._report(logits, tokens, params, reports)
+        return [Choice(token, logprobs.get(i)) for i, token in enumerate(tokens)]
 
-    def choose(self, logits: Tensor) -> tuple[list[int], list[TokenLogprob | None]]:
-        """logits (rows, V) -> a token a row (`BROKEN` where logits are not finite), and its report if asked for."""
-        raw = logits = logits.float()
-        for index, row in self._held_open:
-            if len(row.ids) - row.prompt < row.params.min_tokens:
-                logits = logits.clone() if logits is raw else logits
-                logits[index, row.ends] = -math.inf
-        if self._seen is not None and self._penalty is not None:
-            logits = penalise_repetition(logits, self._seen, self._penalty)
-        tokens = self._pick(logits)
-        if self._seen is not None:
-            index = torch.arange(len(tokens), device=logits.device)
-            self._seen[index, torch.tensor(tokens, device=logits.device).clamp_min_(0)] = True  # rows off: penalty 1
-        logprobs: list[TokenLogprob | None] = [None] * len(tokens)
-        if self._reporting:
-            counts = [self.rows[i].params.logprobs or 0 for i in self._reporting]
-            reports = report_logprobs(raw[self._reporting], [max(tokens[i], 0) for i in self._reporting], counts)
-            for i, report in zip(self._reporting, reports, strict=True):
-                logprobs[i] = report
-        return tokens, logprobs
+    def log_probs(self, logits: Tensor, places: Sequence[Place], allowed: Tensor | None = None) -> Tensor:
+        """What a search adds up: logits (M, V) -> (M, V), the log-softmax after everything that `choose` does before it
+        draws. It is not normalised again, as in transformers' beam search; temperature 0 leaves it untempered and
+        unfiltered. With contrastive search it is, and top-k is left to the search, which counts its candidates so."""
+        scores = logits.float().log_softmax(-1)
+        contrastive = [i for i, place in enumerate(places) if place.row.params.contrast]
+        if contrastive:
+            scores[contrastive] = logits[contrastive].float()
+        scores = self._edit(scores, places, allowed)
+        shaped = [i for i, place in enumerate(places) if place.row.params.temperature and not place.row.params.contrast]
+        if shaped:
+            params = [places[i].row.params for i in shaped]
+            scores[shaped] = self._filter(scores[shaped], params)
+        if contrastive:
+            scores[contrastive] = scores[contrastive].log_softmax(-1)
+        return scores
 
-    def _pick(self, logits: Tensor) -> list[int]:
-        if not self._drawn:
-            best, tokens = logits.max(-1)
-            return [t if math.isfinite(b) else BROKEN for t, b in zip(tokens.tolist(), best.tolist(), strict=True)]
-        drawn, finite = self._draw(logits[self._drawn] if self._greedy else logits)
-        chosen = dict(zip(self._drawn, torch.where(finite, drawn, BROKEN).tolist(), strict=True))
-        if self._greedy:
-            best, tokens = logits[self._greedy].max(-1)
-            chosen |= zip(self._greedy, torch.where(best.isfinite(), tokens, BROKEN).tolist(), strict=True)
-        return [chosen[i] for i in range(len(self.rows))]
+    @staticmethod
+    def _take_best(tokens: list[int], at: Sequence[int], logits: Tensor) -> None:
+        best, index = logits.max(-1)
+        for i, value, token in zip(at, best.tolist(), index.tolist(), strict=True):
+            tokens[i] = token if math.isfinite(value) else BROKEN
 
-    def _draw(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        logits = apply_temperature(logits, self._temperature)
-        if self._widest:
-            logits = drop_below(logits, top_k_floor(logits.topk(self._widest).values, self._top_k))
-        if self._top_p is not None:
-            logits = drop_below(logits, top_p_floor(logits, self._top_p))
-        if self._min_p is not None:
-            logits = drop_below(logits, min_p_floor(logits, self._min_p))
-        uniform = [self.rows[i].generator.random() for i in self._drawn]
-        return draw(logits, torch.tensor(uniform, dtype=torch.float64, device=logits.device))
+    def _draw(
+        self, tokens: list[int], at: Sequence[int], edited: Tensor, places: Sequence[Place]
+    ) -> dict[int, tuple[float, float]]:
+        """Draw, and say how likely it was: {place: (kept, drawn)} where log-probabilities are asked for."""
+        params = [place.row.params for place in places]
+        shifted = edited - edited.amax(-1, keepdim=True)  # a tiny temperature overflows nothing
+        final = self._filter(shifted, params)
+        numbers = [uniform(place.row.seed, len(place.row.ids) + len(place.drafted)) for place in places]
+        drawn, finite = draw(final, torch.tensor(numbers, dtype=torch.float64, device=final.device))
+        for i, token in zip(at, torch.where(finite, drawn, BROKEN).tolist(), strict=True):
+            tokens[i] = token
+        told = [n for n, i in enumerate(at) if params[n].logprobs is not None and tokens[i] != BROKEN]
+        if not told:
+            return {}
+        final = final[told]
+        tempered = apply_temperature(shifted[told], self._column([params[n].temperature for n in told]))
+        mass = block_sums(torch.where(final > -math.inf, tempered.softmax(-1), 0.0)).sum(-1).clamp_max_(1.0)
+        chosen = torch.tensor([tokens[at[n]] for n in told], device=final.device)[:, None]
+        logprob = final.log_softmax(-1).gather(-1, chosen)[:, 0]
+        pairs = zip(told, mass.tolist(), logprob.tolist(), strict=True)
+        return {at[n]: (kept if _filtered(params[n]) else 1.0, value) for n, kept, value in pairs}
+
+    def _filter(self, logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+        """Temperature and filters, each for the rows that ask for it: (R, V) -> (R, V)."""
+
+        def only(asking: Sequence[bool], change: Callable[[Tensor, list[SamplingParams]], Tensor]) -> None:
+            nonlocal logits
+            rows = [i for i, asks in enumerate(asking) if asks]
+            if len(rows) == len(params):
+                logits = change(logits, list(params))
+            elif rows:
+                logits = logits.index_put((self._index(rows),), change(logits[rows], [params[i] for i in rows]))
+
+        def temper(x: Tensor, p: list[SamplingParams]) -> Tensor:
+            return x / self._column([one.temperature for one in p]).clamp_min(1e-30)
+
+        def top_k(x: Tensor, p: list[SamplingParams]) -> Tensor:
+            widest = min(max(one.top_k for one in p), x.shape[-1])
+            return drop_below(x, top_k_floor(x.topk(widest).values, self._column([one.top_k for one in p]).long()))
+
+        def top_p(x: Tensor, p: list[SamplingParams]) -> Tensor:
+            return drop_below(x, top_p_floor(x, self._column([one.top_p for one in p], torch.float64)))
+
+        def min_p(x: Tensor, p: list[SamplingParams]) -> Tensor:
+            return drop_below(x, min_p_floor(x, self._column([one.min_p for one in p])))
+
+        def typical(x: Tensor, p: list[SamplingParams]) -> Tensor:
+            return drop_untypical(x, self._column([one.typical_p for one in p], torch.float64))
+
+        only([p.temperature != 1 and not p.filters_first for p in params], temper)
+        only([p.top_k > 0 for p in params], top_k)
+        only([p.top_p < 1 for p in params], top_p)
+        only([p.min_p > 0 for p in params], min_p)
+        only([p.typical_p < 1 for p in params], typical)
+        only([p.temperature != 1 and p.filters_first for p in params], temper)
+        return logits
+
+    def _edit(self, logits: Tensor, places: Sequence[Place], allowed: Tensor | None) -> Tensor:
+        """Everything that comes before the temperature; logits (M, V) fp32 may be changed in place."""
+        bias, bans, repetition, occurrence, dry = ([], [], [], [], [])
+        for i, place in enumerate(places):
+            row, drafted = place.row, place.drafted
+            if not row.edits(drafted):
+                continue
+            if len(row.bias[0]):
+                bias.append((i, *row.bias))
+            if row.held_open(drafted):
+                bans.append((i, np.array(row.ends, dtype=np.int64), -math.inf))
+            if row.words:
+                bans.append((i, np.array(word_bans(row.ids, drafted, row.words), dtype=np.int64), -math.inf))
+            if not row.penalised:
+                continue
+            row.history.follow(row.ids)
+            seen, params = row.history.seen(drafted), row.params
+            if params.no_repeat_ngram:
+                bans.append((i, ngram_bans(seen.ids, params.no_repeat_ngram), -math.inf))
+            if params.repetition_penalty != 1:
+                repetition.append((i, seen.distinct, params.repetition_penalty))
+            if params.presence_penalty or params.frequency_penalty:
+                values = occurrence_penalties(seen.times, params.presence_penalty, params.frequency_penalty)
+                occurrence.append((i, seen.said, values))
+            if params.dry_multiplier:
+                dry.append((i, *dry_penalties(seen.ids, seen.runs, params)))
+        self._change(logits, bias, torch.add)
+        self._change(logits, bans, torch.add)
+        if allowed is not None:
+            bound = (allowed != -1).any(-1).nonzero()[:, 0]
+            if len(bound):
+                at = bound.to(logits.device)
+                logits[at] = forbid(logits[at], allowed[bound].to(logits.device))
+        self._change(logits, repetition, penalise_repetition)
+        self._change(logits, occurrence, torch.sub)
+        self._change(logits, dry, torch.sub)
+        return logits
+
+    def _change(
+        self,
+        logits: Tensor,
+        changes: Sequence[tuple[int, Ints, np.ndarray | float]],
+        how: Callable[[Tensor, Tensor], Tensor],
+    ) -> None:
+        """Change some logits in place: (row, tokens, a value each or one for all), by how(logits, values)."""
+        if not changes:
+            return
+        rows = np.repeat([i for i, _, _ in changes], [len(tokens) for _, tokens, _ in changes])
+        tokens = np.concatenate([tokens for _, tokens, _ in changes])
+        values = np.concatenate([np.broadcast_to(value, tokens.shape) for _, tokens, value in changes])
+        inside = tokens < logits.shape[-1]  # of a prompt's tokens, the model may have some that it never says
+        if not inside.all():
+            rows, tokens, values = rows[inside], tokens[inside], values[inside]
+        where = self._index(rows), self._index(tokens)
+        logits[where] = how(logits[where], torch.tensor(values, dtype=logits.dtype, device=logits.device))
+
+    def _report(
+        self,
+        logits: Tensor,
+        tokens: Sequence[int],
+        params: Sequence[SamplingParams],
+        reports: dict[int, tuple[float, float]],
+    ) -> dict[int, TokenLogprob]:
+        groups: dict[int, list[int]] = {}
+        for i, (token, p) in enumerate(zip(tokens, params, strict=True)):
+            if p.logprobs is not None and token != BROKEN:
+                groups.setdefault(p.logprobs, []).append(i)
+        found: dict[int, TokenLogprob] = {}
+        for count, at in groups.items():
+            pairs = [reports.get(i, (1.0, 0.0)) for i in at]
+            found |= zip(at, report_logprobs(logits[at], [tokens[i] for i in at], count, pairs), strict=True)
+        return found
+
+    def _column(self, values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=self.device)[:, None]  # (rows, 1)
+
+    def _index(self, values: Sequence[int] | Ints) -> Tensor:
+        return torch.as_tensor(values, dtype=torch.int64, device=self.device)
+
+
+def report_logprobs(
+    logits: Tensor, tokens: Sequence[int], count: int, pairs: Sequence[tuple[float, float]] | None = None
+) -> list[TokenLogprob]:
+    """Tokens under the model's own distribution: logits (rows, V) unfiltered; count: alternatives to report, -1 all;
+    pairs: (kept, drawn) of each."""
+    logprobs = logits.float().log_softmax(-1)
+    own = logprobs.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+    size = logits.shape[-1]
+    values, ids = logprobs.topk(size if count == EVERY else min(count, size))
+    rows = zip(tokens, own, ids.tolist(), values.tolist(), pairs or [(1.0, 0.0)] * len(tokens), strict=True)
+    return [TokenLogprob(t, lp, tuple(zip(i, v, strict=True)), *pair) for t, lp, i, v, pair in rows]
+
+
+def prompt_logprobs(logits: Tensor, ids: Sequence[int] | Tensor, count: int) -> list[TokenLogprob]:
+    """The log-probability of each of ids (T,), with `count` alternatives, -1 all: logits (T, V), each row that before
+    its token. kept is 1 and drawn 0: nobody drew them."""
+    tokens = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+    found: list[TokenLogprob] = []
+    for start in range(0, len(tokens), CHUNK):
+        end = start + CHUNK
+        found += report_logprobs(logits[start:end], tokens[start:end], count)
+    return found
+
+
+def _filtered(params: SamplingParams) -> bool:
+    return bool(params.top_k or params.top_p < 1 or params.min_p or params.typical_p < 1)

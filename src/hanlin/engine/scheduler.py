@@ -1,144 +1,271 @@
 """Who computes what in the next step.
 
-There are no phases. A request has tokens and how many of them are computed; a step computes some of what is missing:
-one token of a sequence that runs, a piece of a prompt that is being read, the end of a prompt whose beginning another
-sequence had. Running requests keep the first slots of the cache: request i of `running` is slot i, and those that miss
-one token stand before those that miss more, so that decoding reads the cache as one view.
+There are no phases. A request has tokens and how many of them are computed; a step hands out one budget of tokens,
+until what is computed has caught up: one token to a sequence that runs, a piece to a prompt that is being read, a few
+more to one whose next tokens were guessed. Chunked prefill, prefix caching, speculation and the recomputing of what was
+preempted are this one rule.
 
-Behind them lie the slots of the sequences that ended last. A new prompt that begins like one of them, or like one that
-runs, takes over what is already computed (the next turn of a chat; a shared system prompt; n completions of a prompt).
+    waiting ──admit──▶ (loading) ──▶ running ──▶ ended           pages are taken as tokens are computed, never before
+       ▲                               │
+       └──────────── preempt ──────────┘                         the last in rank gives way when pages run out
+
+Those that lack one token go first, then prompts, each in order of rank (priority, then arrival); so a long prompt costs
+a running stream at most one step of the budget. Of those that wait with equal priority the next is of the client that
+was served the fewest tokens (virtual token counter, arXiv:2401.00588), and nobody overtakes who came first of a client.
 """
 
-from collections import deque
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from hanlin.engine.cache import ContiguousCache
+from hanlin.core.errors import HanlinError
 from hanlin.engine.request import Request
+from hanlin.engine.tables import Found, Tables
+from hanlin.engine.tiers import Tiers
 
-WORTH_COPYING = 16  # tokens of a common beginning
+WORTH_SHARING = 16  # tokens of a prompt for which the other completions of it wait
+Drafts = Mapping[Request, Sequence[int]]
 
 
 @dataclass(frozen=True)
 class Work:
-    """One forward pass: the next `count` missing tokens of each request; slots: theirs, one after the other.
+    """The next `count` missing tokens of a request, and behind them guesses of what follows; sample: these are all that
+    was missing, so a next token can be chosen."""
 
-    sample: these tokens are all that was missing, so a next token can be chosen.
-    """
-
-    requests: list[Request]
-    slots: range
+    request: Request
     count: int
+    drafts: tuple[int, ...]
     sample: bool
+
+    @property
+    def tokens(self) -> list[int]:
+        r = self.request
+        return [*r.ids[r.computed : r.computed + self.count], *self.drafts]
 
 
 class Scheduler:
-    """First come, first served. cache: has `max_batch` slots for running sequences, the others keep ended ones."""
+    """tables: of pages; max_batch: sequences that run together; step_tokens: the budget. `on_preempt` is told of each
+    request that loses its pages."""
 
-    def __init__(self, cache: ContiguousCache, *, max_batch: int, max_prefill_tokens: int) -> None:
-        self.cache, self.max_batch, self.max_prefill_tokens = cache, max_batch, max_prefill_tokens
-        self.waiting: deque[Request] = deque()
+    def __init__(self, tables: Tables, tiers: Tiers, *, max_batch: int, step_tokens: int) -> None:
+        self.tables, self.tiers, self.max_batch, self.step_tokens = tables, tiers, max_batch, step_tokens
+        self.waiting: list[Request] = []
+        self.loading: list[Request] = []
         self.running: list[Request] = []
-        self._kept: dict[int, list[int]] = {}  # slot -> the tokens it holds, least recently used first
-        self._spare = list(range(max_batch, cache.slots))
+        self.served: Counter[str] = Counter()
+        self.preemptions = self.queries = self.hits = 0
+        self.on_preempt: Callable[[Request], None] = lambda request: None
+        self._arrivals = 0
 
-    def admit(self) -> list[Request]:
-        """Move waiting requests to free slots; returns them."""
-        admitted, early = [], []
-        while self.waiting and len(self.running) < self.max_batch:
-            request = self.waiting.popleft()
-            if self._is_early(request):
-                early.append(request)
-                continue
-            source, length = self._longest_beginning(request)
-            slot = len(self.running)
-            if length:
-                self.cache.move(source, slot, length)
-                request.computed = request.cached_tokens = length
-            self.running.append(request)
-            admitted.append(request)
-        self.waiting.extendleft(reversed(early))
-        return admitted
+    def add(self, request: Request) -> None:
+        self._arrivals += 1
+        request.arrival = self._arrivals
+        client = request.owner.client
+        if not any(r.owner.client == client for r in self.open):  # who comes back has not saved up turns meanwhile
+            active = [self.served[r.owner.client] for r in self.open]
+            self.served[client] = max(self.served[client], min(active, default=0))
+        self.waiting.append(request)
 
-    def plan(self) -> list[Work]:
-        """The forward passes of the next step: all that miss one token together; prompts under the token budget,
-        neighbours with equally much to read together."""
-        budget, plan = self.max_prefill_tokens, []
-        for slot, request in enumerate(self.running):
-            count = 1 if request.missing == 1 else min(request.missing, budget)
-            budget -= count if request.missing > 1 else 0
-            if not count:
+    @property
+    def open(self) -> list[Request]:
+        return [*self.running, *self.loading, *self.waiting]
+
+    def plan(self, drafts: Drafts) -> list[Work]:
+        """The work of the next step. Empty where everything waits for pages to be loaded."""
+        self._welcome_loaded()
+        plan: dict[Request, Work] = {}
+        preempted = self._continue(plan, drafts)
+        if not preempted:
+            self._admit(plan)
+        while not plan and self.running and not self.loading:  # searches that hold each other up
+            self.preempt(max(self.running, key=lambda r: r.rank))
+            self._continue(plan, drafts)
+        return list(plan.values())
+
+    def computed(self, work: Work, accepted: int) -> None:
+        """A step has computed `work`, and so many of its guesses were right."""
+        request = work.request
+        request.computed += work.count + accepted
+        self.served[request.owner.client] += work.count + accepted
+        if request.table is not None:
+            self.tables.publish(request.table, request.ids, request.computed)
+
+    def retire(self, request: Request, *, forget: bool = False) -> None:
+        """A request has ended: let its pages go. forget: they may hold anything, after an error."""
+        for line in (self.running, self.loading, self.waiting):
+            if request in line:
+                line.remove(request)
+        self._let_go(request, forget=forget)
+
+    def join(self, request: Request) -> None:
+        """A sequence that a search has forked from one that runs."""
+        self.running.append(request)
+
+    def preempt(self, request: Request) -> None:
+        """Take all pages from a request, and from the others of its search, until it is admitted again."""
+        for member in request.search.members if request.search is not None else [request]:
+            if member in self.running:
+                self.running.remove(member)
+                self._let_go(member)
+                member.computed = 0
+                member.preemptions += 1
+                self.preemptions += 1
+                self.on_preempt(member)
+                self.waiting.append(member)
+
+    def check(self) -> None:
+        """AssertionError where a page is lost or held twice."""
+        self.tables.check([r.table for r in self.open if r.table is not None])
+
+    def _continue(self, plan: dict[Request, Work], drafts: Drafts) -> bool:
+        """Hand the budget to those that run; whether one of them had to give way."""
+        before = self.preemptions
+        budget = self._left(plan)
+        for request in sorted(self.running, key=lambda r: (r.missing > 1, r.rank)):
+            if request in plan or request not in self.running or budget <= 0:
                 continue
-            sample = count == request.missing
-            last = plan[-1] if plan else None
-            if last and (last.count, last.sample, last.slots.stop) == (count, sample, slot):
-                plan[-1] = Work([*last.requests, request], range(last.slots.start, slot + 1), count, sample)
+            together = [request]
+            if request.search is not None and len(request.search.members) > 1:
+                together = self._step_of_search(request)
+                if not together or (together[0].missing == 1 and len(together) > budget):
+                    continue
+            for one in together:
+                work = self._fit(one, budget, drafts.get(one, ()), alone=len(together) == 1)
+                if work is None:
+                    break
+                plan[one] = work
+                budget -= work.count + len(work.drafts)
+            for gone in [r for r in plan if r not in self.running]:  # preempted after their turn
+                budget += plan[gone].count + len(plan[gone].drafts)
+                del plan[gone]
+        return self.preemptions > before
+
+    def _left(self, plan: Mapping[Request, Work]) -> int:
+        return self.step_tokens - sum(work.count + len(work.drafts) for work in plan.values())
+
+    def _step_of_search(self, request: Request) -> list[Request]:
+        """The sequences of a search take their last missing token together; until all are so far, each only catches
+        up."""
+        members = request.search.members if request.search is not None else []
+        if all(member in self.running and member.missing == 1 for member in members):
+            return list(members)
+        return [request] if request.missing > 1 else []
+
+    def _fit(self, request: Request, budget: int, drafts: Sequence[int], *, alone: bool) -> Work | None:
+        """Work for a request in pages that it has now; None where it had to give way itself."""
+        count = min(request.missing, budget)
+        if request.search is not None and len(request.search.members) > 1 and request.missing > 1:
+            count = min(request.missing - 1, budget)
+        guesses = tuple(drafts)[: budget - count] if count == request.missing and alone else ()
+        assert request.table is not None
+        while not self.tables.grow(request.table, request.computed, request.computed + count + len(guesses)):
+            rivals = [r for r in self.running if r is not request and (not r.search or r.search is not request.search)]
+            last = max(rivals, key=lambda r: r.rank, default=None)
+            if guesses:
+                guesses = ()
+            elif last is not None and last.rank > request.rank:
+                self.preempt(last)
+            elif last is not None:
+                self.preempt(request)
+                return None
+            elif self.tiers.spill(request.table, request.computed):
+                continue
+            elif count > 1:  # alone, and its piece is too large for the pages there are
+                count //= 2
             else:
-                plan.append(Work([request], range(slot, slot + 1), count, sample))
-        return plan
+                self.preempt(request)
+                raise HanlinError(
+                    f"A sequence of {len(request.ids)} tokens does not fit into the pages of this engine; raise "
+                    "cache_bytes, or host_bytes to let it stream."
+                )
+        return Work(request, count, guesses, count == request.missing)
 
-    def retire(self, request: Request, *, keep: bool = True) -> None:
-        """Take a request out of the batch and close the gap; keep: remember what its slot holds (else it may hold
-        anything, after an error)."""
-        hole = self.running.index(request)
-        if not keep:
-            self.cache.wipe(hole)
-        if keep and (held := self.cache.held[hole]) >= WORTH_COPYING and (spare := self._spare_slot()) is not None:
-            self.cache.move(hole, spare)
-            self._kept[spare] = request.ids[:held]
-        last = len(self.running) - 1
-        reading = next((i for i, r in enumerate(self.running) if i > hole and r.missing > 1), last + 1)
-        for mover in (reading - 1, last):  # the last that decodes into the gap, the last of all into the gap it leaves
-            if mover > hole:
-                self.cache.move(mover, hole)
-                self.running[hole] = self.running[mover]
-                hole = mover
-        self.cache.truncate(last, 0)
-        self.running.pop()
+    def _admit(self, plan: dict[Request, Work]) -> None:
+        """Let waiting requests in, as long as there are places, pages and budget."""
+        # one comparison a request and step: queues are short, and `served` changes with every step
+        self.waiting.sort(key=lambda r: (r.owner.priority, self.served[r.owner.client], r.arrival))
+        for request in list(self.waiting):
+            if self._left(plan) <= 0 or len(self.running) + len(self.loading) >= self.max_batch:
+                return
+            if self._is_early(request):
+                continue
+            if not self._start(request):
+                return
+            self.waiting.remove(request)
+            if request.loading:
+                self.loading.append(request)
+                continue
+            self.running.append(request)
+            self._continue(plan, {})
 
-    def forget(self) -> None:
-        """Drop what ended sequences left."""
-        for slot in self._kept:
-            self.cache.truncate(slot, 0)
-        self._spare += self._kept
-        self._kept.clear()
+    def _start(self, request: Request) -> bool:
+        """Give a waiting request a table that begins with all that is known of its tokens."""
+        if self._fork_of_leader(request):
+            return True
+        table = self.tables.start(request.root)
+        limit = len(request.ids) - 1 if request.sharing else 0  # the last is computed anyway: its logits are needed
+        found = self.tables.find(table, request.ids, limit)
+        pages = -(-(len(request.ids) + 1) // self.tables.page)
+        short = any(
+            group.window is None and pages - sum(isinstance(p, int) and pool.holders(p) > 0 for p in row) > pool.free
+            for group, row, pool in zip(self.tables.groups, found.places, self.tables.pools, strict=True)
+        )
+        if short and (self.running or self.loading):
+            return False
+        loads = self.tables.take_over(table, found)
+        if loads is None and (self.running or self.loading):
+            return False
+        if loads is None:  # more is known than fits at once
+            found, loads = Found(0, []), []
+            table = self.tables.start(request.root)
+        request.table, request.computed = table, found.tokens
+        self._note_hit(request, limit, found.tokens)
+        if loads:
+            request.loading = self.tiers.load(table, loads)
+        return True
+
+    def _note_hit(self, request: Request, asked: int, found: int) -> None:
+        self.queries += asked
+        self.hits += found
+        if not request.preemptions:
+            request.cached_tokens = min(found, request.prompt_tokens)
+
+    def _fork_of_leader(self, request: Request) -> bool:
+        """The pages of another completion of the same prompt that has read it."""
+        leader = request.leader
+        if leader is None or leader.table is None or leader.computed < request.prompt_tokens or request.generated:
+            return False
+        if not request.sharing:
+            return False
+        known = request.prompt_tokens - 1
+        table = self.tables.fork(leader.table, request.prompt_tokens, known)
+        if table is None:
+            return False
+        request.table, request.computed = table, known
+        self._note_hit(request, known, known)
+        return True
 
     def _is_early(self, request: Request) -> bool:
         """Its prompt is being read by another completion of the same: soon there is something to take over."""
         leader = request.leader
-        worth = request.prompt_tokens > WORTH_COPYING
-        return worth and leader is not None and leader.missing > 1 and leader in self.running
+        reading = leader is not None and leader.missing > 1 and (leader in self.running or leader in self.loading)
+        return reading and request.prompt_tokens > WORTH_SHARING
 
-    def _spare_slot(self) -> int | None:
-        if self._spare:
-            return self._spare.pop()
-        if not self._kept:
-            return None
-        oldest = next(iter(self._kept))
-        del self._kept[oldest]
-        return oldest
+    def _welcome_loaded(self) -> None:
+        """Pages that were asked of a lower tier have come, or not: then what stands behind them is computed."""
+        for request in [r for r in self.loading if all(future.done() for *_, future in r.loading)]:
+            lost = [(group, index) for group, index, future in request.loading if not future.result()]
+            self.loading.remove(request)
+            request.loading = []
+            if lost and request.table is not None:
+                request.computed = self.tables.cut(request.table, request.computed, lost)
+                request.cached_tokens = min(request.cached_tokens, request.computed)
+            self.running.append(request)
 
-    def _longest_beginning(self, request: Request) -> tuple[int, int]:
-        """(slot, how many of its tokens the request can take over): 0 where that is not worth a copy."""
-        computed = [(slot, r.ids[: r.computed]) for slot, r in enumerate(self.running)]
-        wanted = request.ids[:-1]  # the last is computed anyway: its logits are needed
-        found = [(common_beginning(ids, wanted), slot) for slot, ids in (*computed, *self._kept.items())]
-        length, source = max(found, default=(0, 0))
-        if length < WORTH_COPYING:
-            return 0, 0
-        if source in self._kept:
-            self._kept[source] = self._kept.pop(source)  # used last
-        return source, length
-
-
-def common_beginning(a: list[int], b: list[int]) -> int:
-    """How many tokens two sequences share from the start (bisection over slices, which compare at C's speed)."""
-    low, high = 0, min(len(a), len(b))
-    if not high or a[0] != b[0]:
-        return 0
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    def _let_go(self, request: Request, *, forget: bool = False) -> None:
+        if request.table is not None:
+            for *_, future in request.loading:
+                future.result()  # nobody may write into pages that are free
+            request.loading = []
+            self.tables.free(request.table, forget=forget)
+            request.table = None

@@ -26,10 +26,11 @@ class Spelling:
 
 
 class TextStream:
-    """The text of one completion. `stopped` once a stop string has ended it."""
+    """The text of one completion. `stopped` once a stop string has ended it, `found` which. include: it stays."""
 
-    def __init__(self, stop: Sequence[str] = ()) -> None:
-        self._stop = tuple(stop)
+    def __init__(self, stop: Sequence[str] = (), *, include: bool = False) -> None:
+        self._stop, self._include = tuple(stop), include
+        self.found: str | None = None
         self._longest = max(map(len, stop), default=0)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
@@ -49,10 +50,11 @@ class TextStream:
         if not self._stop or not watch:
             return self._empty() + text
         self._held += text
-        found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
+            end, begin, self.found = min(found)
             self.stopped = True
-            return self._empty()[: min(found)[1]]
+            return self._empty()[: end if self._include else begin]
         keep = self._undecided()
         due, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return due

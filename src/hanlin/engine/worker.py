@@ -1,44 +1,54 @@
-"""The thread that owns the model and the cache: take what was submitted, compute a step, deliver, again.
+"""The thread that owns the pages: take what was submitted, plan a step, compute it, choose, deliver, again.
 
 An error in a forward pass ends the requests of that pass, with the error as their last event, and no others; the thread
 lives on. It holds no reference to the `Engine`, so that an engine nobody uses any more is collected and stops it.
 """
 
 import threading
+import time
 from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
+from torch import Tensor
 
 from hanlin.core.errors import HanlinError
-from hanlin.engine.cache import ContiguousCache
+from hanlin.engine.constraints import Matcher
 from hanlin.engine.request import Request
-from hanlin.engine.sampling import BROKEN, Sampler
+from hanlin.engine.runner import Plan, Result
+from hanlin.engine.sampling import BROKEN, Choice, Place, Sampler, prompt_logprobs
 from hanlin.engine.scheduler import Scheduler, Work
+from hanlin.engine.speculation import Speculation
 from hanlin.engine.types import Busy, EngineStats
-from hanlin.models.transformer import Transformer
 
-Samplers = dict[int, tuple[list[Request], Sampler]]  # by the first slot of their rows
+Run = Callable[[Plan], Result]
+MaskPlaces = Sequence[tuple[Matcher, Sequence[int]] | None]
+FillMasks = Callable[[MaskPlaces], Tensor]  # -> (places, words) int32: what may come next there
 
 
 class Worker:
-    """max_open: requests under way and queued together; `submit` raises `Busy` past it."""
+    """run: computes a plan. max_open: requests under way and queued together; `submit` raises `Busy` past it."""
 
     def __init__(
-        self, model: Transformer, *, max_batch: int, max_open: int, max_context: int, max_prefill_tokens: int, keep: int
-    ) -> None:
-        self._model, self._max_open = model, max_open
-        dtype = model.compute_dtype or model.model.embed_tokens.weight.dtype
-        self._cache = ContiguousCache(
-            model.config, slots=max_batch + keep, capacity=max_context, dtype=dtype, device=model.device
-        )
-        self._scheduler = Scheduler(self._cache, max_batch=max_batch, max_prefill_tokens=max_prefill_tokens)
-        self._samplers: Samplers = {}  # of the last step
+        self, run: Run, scheduler: Scheduler, *, vocabulary: int, device: torch.device, max_open: int,
+        fill_masks: FillMasks, drafter: Speculation | None = None,
+    ) -> None:  # fmt: skip
+        self._fill_masks = fill_masks
+        self._run_plan, self._scheduler, self._max_open, self._drafter = run, scheduler, max_open, drafter
+        self._sampler = Sampler(vocabulary, device)
+        self._masks = ThreadPoolExecutor(1, thread_name_prefix="hanlin-masks")
         self._wake = threading.Condition()
         self._inbox: list[Request] = []
+        self._errands: list[tuple[Callable[[], object], Future]] = []
         self._open = 0
         self._closed = False
+        self.checking = False  # after each step: every page is free or in exactly as many tables as hold it
         self._steps = self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
+        self._computed_prompt = self._step_tokens = self._drafted = self._accepted = 0
+        self._prefill_seconds = self._decode_seconds = 0.0
         self._finished: Counter[str] = Counter()
+        self._sources: dict[tuple[int, ...], int] = {}
         self._thread = threading.Thread(target=self._run, name="hanlin-engine", daemon=True)
         self._thread.start()
 
@@ -56,6 +66,16 @@ class Worker:
             self._inbox += requests
             self._wake.notify()
 
+    def between_steps(self, errand: Callable[[], object]) -> Future:
+        """Have something done by the worker's thread, when no step is under way."""
+        future: Future = Future()
+        with self._wake:
+            if self._closed:
+                raise HanlinError("The engine is closed.")
+            self._errands.append((errand, future))
+            self._wake.notify()
+        return future
+
     def wake(self) -> None:
         """A request was aborted."""
         with self._wake:
@@ -70,97 +90,281 @@ class Worker:
             self._thread.join()
 
     def stats(self) -> EngineStats:
-        running = len(self._scheduler.running)
-        held = sum(self._cache.held[: self._scheduler.max_batch])
+        scheduler = self._scheduler
+        running = len(scheduler.running)
         return EngineStats(
             running=running,
             waiting=max(0, self._open - running),
-            cache_usage=held / (self._scheduler.max_batch * self._cache.capacity),
+            cache_usage=scheduler.tables.usage,
             steps=self._steps,
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
             generated_tokens=self._generated_tokens,
             finished=dict(self._finished),
+            preemptions=scheduler.preemptions,
+            seconds=self._prefill_seconds + self._decode_seconds,
+            prefill_seconds=self._prefill_seconds,
+            decode_seconds=self._decode_seconds,
+            computed_prompt_tokens=self._computed_prompt,
+            step_tokens=self._step_tokens,
+            drafted=self._drafted,
+            accepted=self._accepted,
+            host_pages=scheduler.tiers.host_pages,
+            disk_pages=scheduler.tiers.disk_pages,
+            loaded_pages=scheduler.tiers.loaded,
         )
 
     @torch.inference_mode()
     def _run(self) -> None:
         while True:
             with self._wake:
-                while not (self._closed or self._inbox or self._scheduler.running or self._scheduler.waiting):
+                while not (self._closed or self._inbox or self._errands or self._scheduler.open):
                     self._wake.wait()
-                self._scheduler.waiting += self._inbox
-                self._inbox = []
-                if self._closed:
-                    break
+                inbox, self._inbox = self._inbox, []
+                errands, self._errands = self._errands, []
+            for request in inbox:
+                self._scheduler.add(request)
+            for errand, future in errands:
+                try:
+                    future.set_result(errand())
+                except Exception as error:
+                    future.set_exception(error)
+            if self._closed:
+                break
             try:
                 self._step()
             except Exception as error:  # a bug outside the model: nobody may wait for ever
-                self._fail([*self._scheduler.running, *self._scheduler.waiting], error)
-        for request in [*self._scheduler.running, *self._scheduler.waiting]:
-            request.abort()
-            self._settle(request)
+                self._fail(self._scheduler.open, error)
+        for request in self._scheduler.open:
+            if request.finish_reason is None:
+                request.abort()
+                self._settle(request)
+        self._masks.shutdown()
 
     def _step(self) -> None:
-        for request in [r for r in (*self._scheduler.running, *self._scheduler.waiting) if r.aborted]:
+        for request in [r for r in self._scheduler.open if r.aborted and r.finish_reason is None]:
             request.abort()
             self._settle(request)
-        for request in self._scheduler.admit():
+        began = time.perf_counter()
+        drafts = {} if self._drafter is None else self._drafter.propose(self._scheduler.running)
+        works = self._scheduler.plan(drafts)
+        if not works:
+            self._wait_for_pages()
+            return
+        masks = self._start_masks(works)
+        try:
+            result = self._run_plan(self._plan_of(works))
+            if self._drafter is not None and result.everything is not None:
+                self._drafter.see(works, result.everything)
+            allowed = None if masks is None else masks.result()
+            broken, accepted = self._choose(works, result, allowed)
+        except Exception as error:
+            self._fail([work.request for work in works], error)
+            return
+        self._count(works, accepted, time.perf_counter() - began)
+        if self.checking:
+            self._scheduler.check()
+        if broken:
+            message = "The model's logits are not finite numbers. Its weights are damaged, or too large for this "
+            self._fail(broken, HanlinError(message + "precision: try dtype float32."), wipe=True)
+        for request in [work.request for work in works]:
+            if request.finish_reason is not None:
+                self._settle(request)
+
+    def _plan_of(self, works: Sequence[Work]) -> Plan:
+        wanted: list[int] = []
+        at = 0
+        for work in works:
+            size = work.count + len(work.drafts)
+            if self._wants_all(work):
+                wanted += range(at, at + size)
+            elif work.sample:
+                wanted += range(at + size - 1 - len(work.drafts), at + size)
+            at += size
+        copies, self._scheduler.tables.copies = self._scheduler.tables.copies, []
+        requests = [work.request for work in works]
+        readers, sources, done = self._sources_of(requests)
+        return Plan(
+            [token for work in works for token in work.tokens],
+            [r.computed for r in requests],
+            [work.count + len(work.drafts) for work in works],
+            [[list(held) for held in r.table.pages] for r in requests if r.table is not None],
+            wanted,
+            copies,
+            any(r.search is not None and r.search.wants_hidden for r in requests),
+            self._drafter is not None and self._drafter.wants_hidden,
+            [None if r.adapter is None else r.adapter.key for r in requests],
+            readers,
+            sources,
+            done,
+        )
+
+    def _sources_of(self, requests: Sequence[Request]) -> tuple[list[int], dict[int, tuple[int, ...]], list[int]]:
+        """Numbers for what an encoder reads: of each request, of those that are new, of those that nobody needs."""
+        if all(r.owner.source is None for r in requests) and not self._sources:
+            return [], {}, []
+        needed = {r.owner.source for r in self._scheduler.open if r.owner.source is not None}
+        done = [self._sources.pop(source) for source in list(self._sources) if source not in needed]
+        new = {}
+        for source in {r.owner.source for r in requests if r.owner.source is not None} - set(self._sources):
+            number = next(n for n in range(len(self._sources) + 1) if n not in self._sources.values())
+            self._sources[source] = number
+            new[number] = source
+        return [self._sources[r.owner.source] for r in requests if r.owner.source is not None], new, done
+
+    def _start_masks(self, works: Sequence[Work]) -> Future[Tensor] | None:
+        """What constraints allow is found out while the model computes."""
+        asked = [(work.request.matcher, work.drafts) for work in works if work.sample and not work.request.search]
+        if all(matcher is None for matcher, _ in asked):
+            return None
+        places: list[tuple[Matcher, Sequence[int]] | None] = []
+        for matcher, drafts in asked:
+            places += [None] * (1 + len(drafts)) if matcher is None else [(matcher, drafts)]
+        return self._masks.submit(self._fill_masks, places)
+
+    def _choose(self, works: Sequence[Work], result: Result, allowed: Tensor | None) -> tuple[list[Request], list[int]]:
+        """Next tokens for all that have caught up: (requests with logits that are not finite, right guesses a work)."""
+        places: list[Place] = []
+        rows: list[int] = []
+        searches: dict[Request, int] = {}
+        at = 0
+        for work in works:
+            request, last = work.request, len(work.drafts)
+            if self._wants_all(work):
+                assert result.logits is not None
+                if request.search is not None and result.hidden is not None:
+                    request.search.see(
+                        request.search.members.index(request), request.computed, result.hidden[at : at + work.count]
+                    )
+                else:
+                    self._report_prompt(work, result.logits[at : at + work.count])
+                at += work.count - work.sample
+            if not work.sample:
+                continue
+            if request.search is not None:
+                searches[request] = at
+            else:
+                rows += range(at, at + 1 + last)
+                places += [Place(request.row, work.drafts[:n]) for n in range(1 + last)]
+            at += 1 + last
+        choices: list[Choice] = []
+        if places:
+            assert result.logits is not None
+            logits = result.logits if len(rows) == len(result.logits) else result.logits[rows]
+            choices = self._sampler.choose(logits, places, allowed)
+        broken, accepted, line = [], [], iter(choices)
+        for work in works:
+            took = 0
+            if work.sample and work.request.search is None:
+                mine = [next(line) for _ in range(1 + len(work.drafts))]
+                took, fine = self._accept(work, mine)
+                if not fine:
+                    broken.append(work.request)
+            accepted.append(took)
+            self._scheduler.computed(work, took)
+        self._advance_searches(searches, result)
+        return broken, accepted
+
+    def _accept(self, work: Work, choices: Sequence[Choice]) -> tuple[int, bool]:
+        """Take chosen tokens for as long as the guesses were right: (right guesses, whether all was finite)."""
+        request = work.request
+        for guess, choice in enumerate(choices):
+            if choice.token == BROKEN:
+                return guess, False
+            self._generated_tokens += 1
+            request.accept(choice.token, choice.logprob)
+            right = guess < len(work.drafts) and work.drafts[guess] == choice.token
+            if request.finish_reason is not None or not right:
+                # a token that ended it was computed only if it was guessed, but nobody will ask for it
+                took = guess + (right and request.finish_reason is None)
+                request.drafted += len(work.drafts)
+                request.accepted += took
+                return took, True
+        raise AssertionError("the last place has no guess behind it")
+
+    def _advance_searches(self, rows: dict[Request, int], result: Result) -> None:
+        """Let each search whose sequences have all caught up take its next step."""
+        for search in dict.fromkeys(request.search for request in rows):
+            assert search is not None and result.logits is not None
+            members, tables = list(search.members), self._scheduler.tables
+            logits = result.logits[[rows[member] for member in members]]
+            branches = search.advance(self._sampler.log_probs(logits, [Place(member.row) for member in members]))
+            self._generated_tokens += 1
+            if not branches:
+                continue
+            parents = [members[branch.parent] for branch in branches]
+            forks = [tables.fork(p.table, p.computed, p.computed) for p in parents if p.table is not None]
+            computed = [parent.computed for parent in parents]
+            for member in members:
+                self._scheduler.retire(member)
+            search.members = [*members, *[members[0].sibling() for _ in range(len(branches) - len(members))]]
+            del search.members[len(branches) :]
+            for member, branch, table, known in zip(search.members, branches, forks, computed, strict=True):
+                assert table is not None, "a search lost pages that it still needs"
+                member.branch(branch.ids)
+                member.table, member.computed = table, known
+                self._scheduler.running.append(member)
+
+    def _wants_all(self, work: Work) -> bool:
+        """Whether each token's logits, or hidden state, is asked for."""
+        request = work.request
+        if request.search is not None:
+            return request.search.wants_hidden
+        return request.params.prompt_logprobs is not None and len(request.prompt_logprobs) < request.prompt_tokens - 1
+
+    def _report_prompt(self, work: Work, logits: Tensor) -> None:
+        """Log-probabilities of the prompt's tokens behind those that were computed: logits (count, V)."""
+        request = work.request
+        first = request.computed + 1  # the token that the first of these logits speaks about
+        told = len(request.prompt_logprobs) + 1  # those before it were reported, perhaps before a preemption
+        targets = request.ids[max(first, told) : min(first + work.count, request.prompt_tokens)]
+        skip = max(0, told - first)
+        if targets:
+            count = request.params.prompt_logprobs or 0
+            request.prompt_logprobs += prompt_logprobs(logits[skip : skip + len(targets)], targets, count)
+
+    def _count(self, works: Sequence[Work], accepted: Sequence[int], seconds: float) -> None:
+        self._steps += 1
+        prompt = sum(work.count for work in works if work.request.generated <= work.sample)
+        total = sum(work.count + len(work.drafts) for work in works)
+        self._step_tokens = total
+        self._computed_prompt += prompt
+        self._prefill_seconds += seconds * prompt / total
+        self._decode_seconds += seconds * (total - prompt) / total
+        self._drafted += sum(len(work.drafts) for work in works)
+        self._accepted += sum(accepted)
+        if self._drafter is not None:
+            self._drafter.record(works, accepted, seconds)
+
+    def _wait_for_pages(self) -> None:
+        """Nothing can be computed before pages have come."""
+        for request in self._scheduler.loading[:1]:
+            for *_, future in request.loading:
+                future.result()
+
+    def _fail(self, requests: Sequence[Request], error: Exception, *, wipe: bool = False) -> None:
+        for request in list(requests):
+            root = request if request.search is None else request.search.members[0]
+            if root.finish_reason is None:
+                root.fail(error)
+                self._finished["error"] += 1
+            if wipe and request.table is not None:
+                self._scheduler.tiers.cache.wipe(request.table.pages)
+            self._settle(root, forget=True)
+
+    def _settle(self, request: Request, *, forget: bool = False) -> None:
+        """Free the pages of a request that has ended, then tell its owner."""
+        if request.settled:
+            return
+        for member in request.search.members if request.search is not None else []:
+            self._scheduler.retire(member, forget=forget)
+        self._scheduler.retire(request, forget=forget)
+        if self._drafter is not None:
+            self._drafter.forget(request)
+        if not forget:
+            self._finished[request.finish_reason or "abort"] += 1
             self._prompt_tokens += request.prompt_tokens
             self._cached_tokens += request.cached_tokens
-        self._steps += 1
-        samplers, self._samplers = self._samplers, {}
-        for work in self._scheduler.plan():
-            try:
-                broken = self._compute(work, samplers)
-            except Exception as error:
-                self._fail(work.requests, error)
-                return  # slots have moved: plan anew
-            if broken:
-                message = "The model's logits are not finite numbers. Its weights are damaged, or too large for this "
-                self._fail(broken, HanlinError(message + "precision: try dtype float32."))
-                break
-        for request in [r for r in self._scheduler.running if r.finish_reason is not None]:
-            self._settle(request)
-
-    def _compute(self, work: Work, samplers: Samplers) -> list[Request]:
-        """One forward pass over some requests, and their next tokens. Returns those whose logits are not finite."""
-        rows = [r.ids[r.computed : r.computed + work.count] for r in work.requests]
-        ids = torch.tensor(rows, device=self._model.device)  # (rows, count)
-        cache = self._cache.step(work.slots, work.count)
-        logits = self._model(ids, cache=cache, logits="last" if work.sample else None).logits
-        for request in work.requests:
-            request.computed += work.count
-        if logits is None:
-            return []
-        requests, sampler = samplers.get(work.slots.start, (None, None))
-        if sampler is None or requests != work.requests:  # other rows than in the last step
-            sampler = Sampler([r.row for r in work.requests], self._model.config.vocab_size, self._model.device)
-        self._samplers[work.slots.start] = (work.requests, sampler)
-        broken = []
-        for request, token, logprob in zip(work.requests, *sampler.choose(logits[:, -1]), strict=True):
-            if token == BROKEN:
-                broken.append(request)
-            else:
-                self._generated_tokens += 1
-                request.accept(token, logprob)
-        return broken
-
-    def _fail(self, requests: list[Request], error: Exception) -> None:
-        for request in requests:
-            if request.finish_reason is None:
-                request.fail(error)
-                self._finished["error"] += 1
-            self._settle(request, keep=False)
-
-    def _settle(self, request: Request, *, keep: bool = True) -> None:
-        """Free the place of a request that has ended, then tell its owner."""
-        if request in self._scheduler.running:
-            self._scheduler.retire(request, keep=keep)
-        else:
-            self._scheduler.waiting.remove(request)
-        if keep:
-            self._finished[request.finish_reason or "abort"] += 1
         with self._wake:
             self._open -= 1
         request.settle()

@@ -37,7 +37,7 @@ class Layer(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: LayerConfig, index: int, bias: PositionBias | None) -> None:
         super().__init__()
-        self.config = layer
+        self.config, self.index = layer, index
         self._bias = (bias,)  # in a tuple: the stack owns it, and a module here would be saved once a layer
         norm = partial(build_model_norm, config)
         pre, sandwich = layer.norms == "pre", layer.norms == "sandwich"
@@ -61,9 +61,9 @@ class Layer(nn.Module):
         y = self._mix(h, shared)
         pre = self.config.norms == "pre"
         x = self._join(x, h, y, None if pre else self.post_attention_layernorm)
-        if self.cross_attn is not None and shared.source is not None:
+        if self.cross_attn is not None:
             h = self.cross_attention_layernorm(x) if pre else x
-            y = self.cross_attn(h, shared.source, shared.reads)
+            y = self._read_source(self.cross_attn, h, shared)
             x = self._join(x, h, y, None if pre else self.cross_attention_layernorm)
         before = self.post_attention_layernorm if pre else self.pre_feedforward_layernorm
         h = x if before is None else before(x)
@@ -84,6 +84,13 @@ class Layer(nn.Module):
         if isinstance(a, AttentionConfig) and a.query_scaling is not None:
             return self.self_attn(h, shared.rope(a), mask, shared.cache, shared.positions)
         return self.self_attn(h, shared.rope(a), mask, shared.cache)
+
+    def _read_source(self, cross: CrossAttention, h: Tensor, shared: Shared) -> Tensor:
+        """What the encoder read, now or kept by the cache."""
+        if shared.source is not None:
+            return cross(h, shared.source, shared.reads)
+        assert shared.cache is not None and shared.cache.source is not None
+        return cross.read(h, shared.cache.source, self.index)
 
     def _join(self, x: Tensor, h: Tensor, y: Tensor, after: nn.Module | None) -> Tensor:
         """The residual sum of what went in (x, its norm h) and what came out (y)."""

@@ -76,7 +76,13 @@ class Shared:
     def _tables(self, position: Rope | BlockRopePosition, width: int) -> Tables:
         if isinstance(position, BlockRopePosition):
             return block_rope_tables(self.positions, width, position.theta, self.dtype, half=position.half)
-        return position.tables(self.positions, width, self.dtype, longest=self.longest)
+        if self.cache is None or position.scaling is None or not position.scaling.by_length:
+            return position.tables(self.positions, width, self.dtype, longest=self.longest)
+        # a row may hold several sequences: each token turns by the length of its own
+        each, lengths = self.positions.reshape(-1, 1), self.cache.lengths.reshape(-1, 1)
+        tables = position.tables(each, width, self.dtype, longest=self.longest, length=lengths)
+        cos, sin = (t.view(*self.positions.shape, *t.shape[2:]) for t in tables)
+        return cos, sin
 
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:
         if key not in self._made:

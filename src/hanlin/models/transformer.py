@@ -147,11 +147,13 @@ class Transformer(nn.Module):
         cache: one step over rows that continue earlier tokens (`nn.attention.Cache`); cached equals uncached.
         segments (rows, T): of models that embed them (BERT's sentence A and B); default 0.
         source (rows, S, width): what `encode` returned, for a model with an encoder; source_mask: which of it is real.
+            A cache that keeps what was read of it (`Cache.source`) takes its place.
         logits: for every token, for the last one, or not at all (then use `hidden` and `head_weight`).
         """
         if cache is not None and mask is not None:
             _check_cached_mask(self.config, mask)
-        if (source is None) != (self.encoder is None):
+        kept = cache is not None and cache.source is not None
+        if (source is None and not kept) != (self.encoder is None):
             needs = "needs `source`, what `encode` returns" if source is None else "has no encoder to give `source`"
             raise ValueError(f"This model {needs}.")
         if positions is None:
@@ -162,7 +164,7 @@ class Transformer(nn.Module):
         shared = Shared(
             positions, ids.shape[1], self.dtype, self.config.max_positions, mask, cache, source, reads, segments
         )
-        hidden = self.model(self._embed(ids), shared)
+        hidden = self.model(self.embed(ids), shared)
         routing = tuple(shared.routing)
         if logits is None:
             return Output(None, hidden, routing)
@@ -179,9 +181,9 @@ class Transformer(nn.Module):
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
         shared = Shared(positions, ids.shape[1], self.dtype, self.config.max_positions, mask)
-        return self.ahead(hidden, ids, embed=self._embed, run=lambda layer, x: layer(x, shared))
+        return self.ahead(hidden, ids, embed=self.embed, run=lambda layer, x: layer(x, shared))
 
-    def _embed(self, ids: Tensor) -> Tensor:
+    def embed(self, ids: Tensor) -> Tensor:
         """The vectors of tokens, in the dtype of the activations: (rows, T) -> (rows, T, width)."""
         return F.embedding(ids, self.model.embed_tokens.weight).to(self.dtype)
 
@@ -193,7 +195,7 @@ class Transformer(nn.Module):
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
         shared = Shared(positions, ids.shape[1], self.dtype, self.config.max_positions, mask)
-        return self.encoder(self._embed(ids), shared)
+        return self.encoder(self.embed(ids), shared)
 
     def _head(self) -> Linear:
         if self.lm_head is None:

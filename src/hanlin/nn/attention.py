@@ -46,6 +46,14 @@ class Scores:
         return self.softcap is None and self.sinks is None
 
 
+class CrossReader(Protocol):
+    """Kept keys and values of what an encoder read, for one forward pass."""
+
+    def __call__(self, layer: int, q: Tensor, scale: float) -> Tensor:
+        """q (rows, T, heads, D): each token's query attends to the whole source of its sequence -> like q."""
+        ...
+
+
 class Cache(Protocol):
     """The keys and values of what was already read, for one forward pass over some rows.
 
@@ -54,7 +62,18 @@ class Cache(Protocol):
 
     @property
     def positions(self) -> Tensor:
-        """(rows, T): the position in its sequence of each new token of this step."""
+        """(rows, T): the position in its sequence of each new token of this step. A row may hold the tokens of several
+        sequences, one behind the other."""
+        ...
+
+    @property
+    def lengths(self) -> Tensor:
+        """(rows, T): how many tokens the sequence of each new token holds after this step."""
+        ...
+
+    @property
+    def source(self) -> "CrossReader | None":
+        """What the sequences of this step read of an encoder; None: the model has none, or gets `source` itself."""
         ...
 
     def attend(
@@ -165,12 +184,22 @@ class CrossAttention(PackedLinear):
         self.scale = head_dim**-0.5 if scale is None else scale
         self.pack()
 
+    def keys_and_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """source (rows, S, width) -> both (rows, S, kv_heads, D)."""
+        kv = self.project(source).view(*source.shape[:2], 2 * self.kv_heads, self.head_dim)
+        k, v = kv.split([self.kv_heads, self.kv_heads], dim=2)
+        return k, v
+
+    def read(self, x: Tensor, reader: CrossReader, layer: int) -> Tensor:
+        """The same over keys and values that were kept: x (rows, T, width)."""
+        q = self.q_proj(x).view(*x.shape[:2], self.heads, self.head_dim)
+        return self.o_proj(reader(layer, q, self.scale).flatten(2))
+
     def forward(self, x: Tensor, source: Tensor, mask: Lowered | None = None) -> Tensor:
         """x (rows, T, width), source (rows, S, width); mask: which of the source counts, None: all of it."""
         rows, length, _ = x.shape
         q = self.q_proj(x).view(rows, length, self.heads, self.head_dim)
-        kv = self.project(source).view(rows, source.shape[1], 2 * self.kv_heads, self.head_dim)
-        k, v = kv.split([self.kv_heads, self.kv_heads], dim=2)
+        k, v = self.keys_and_values(source)
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None if mask is None else mask.bias,
             scale=self.scale, enable_gqa=self.heads != self.kv_heads,

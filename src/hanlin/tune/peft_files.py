@@ -10,6 +10,7 @@ act, and any other that is set is refused by name.
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -86,12 +87,35 @@ def save_lora(adapter: LoraAdapter, path: str | os.PathLike[str], *, base_model:
     write_json(folder / CONFIG, config)
 
 
+@dataclass(frozen=True)
+class LoraFile:
+    """An adapter as it lies in a folder. common: its settings; layers: of each of our layers, its own settings, A
+    (rank, in) and B (out, rank)."""
+
+    common: LoraSettings
+    layers: dict[str, tuple[LoraSettings, Tensor, Tensor]]
+
+
 def load_lora(model: nn.Module, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> LoraAdapter:
     """Hang the adapter in folder `path` on `model` and freeze the rest (`tune.lora.add_lora`). dtype: of A and B; None:
-    that of their layer, but at least fp32.
+    that of their layer, but at least fp32. Errors as `read_lora`; the model is then as it was.
+    """
+    file = read_lora(model, path)
+    settings = {name: own for name, (own, _, _) in file.layers.items()}
+    adapter = attach_lora(model, file.common, settings, dtype=dtype)
+    with torch.no_grad():
+        for name, branch in adapter.branches.items():
+            _, a, b = file.layers[name]
+            branch.a.weight.copy_(a)
+            branch.b.weight.copy_(b)
+    return adapter
+
+
+def read_lora(model: nn.Module, path: str | os.PathLike[str]) -> LoraFile:
+    """The adapter in folder `path`, for the layers of `model`, which is left alone (and may be frozen, `nn.frozen`).
 
     A setting that would change the numbers in another way than plain LoRA, a tensor that is missing, unknown, or of the
-    wrong shape is a `HanlinError`; the model is then as it was.
+    wrong shape is a `HanlinError`.
     """
     folder = Path(path)
     config = _read_config(folder)
@@ -122,12 +146,7 @@ def load_lora(model: nn.Module, path: str | os.PathLike[str], *, dtype: torch.dt
     for name, pair in factors.items():
         _check_pair(pair, linears[name], layers[name].rank, names[name], folder)
     order = [name for name in linears if name in factors]
-    adapter = attach_lora(model, common, {name: layers[name] for name in order}, dtype=dtype)
-    with torch.no_grad():
-        for name, branch in adapter.branches.items():
-            branch.a.weight.copy_(factors[name]["A"])
-            branch.b.weight.copy_(factors[name]["B"])
-    return adapter
+    return LoraFile(common, {name: (layers[name], factors[name]["A"], factors[name]["B"]) for name in order})
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -214,7 +233,11 @@ def _their_names(model: nn.Module) -> tuple[dict[str, str], dict[str, tuple[str,
     config = getattr(model, "config", None)
     if not isinstance(config, ModelConfig):
         return {name: name for name in linears}, {}
-    weights = {f"{name}.weight": layer.weight.detach() for name, layer in linears.items()}
+    # a frozen model keeps only the shapes of its weights: memory that nobody touches stands for them
+    weights = {
+        f"{name}.weight": torch.empty(layer.weight.shape) if layer.weight.is_meta else layer.weight.detach()
+        for name, layer in linears.items()
+    }
     state = {n: tuple(t.shape) for n, t in model.state_dict().items() if ".lora_" not in n}
     names: dict[str, str] = {}
     joined: dict[str, tuple[str, ...]] = {}
