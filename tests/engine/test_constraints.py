@@ -359,3 +359,30 @@ def test_without_a_place_to_end_there_is_no_constraint(tokenizer):
         Constraints(tokenizer, tokenizer.size, frozenset())
     with pytest.raises(HanlinError, match="found \\[9999\\]"):
         Constraints(tokenizer, tokenizer.size, frozenset([9999]))
+
+
+def test_a_sentencepiece_vocabulary_spells_spaces_and_bytes(tmp_path):
+    pieces = ["</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a", "世"]
+    model = {"type": "BPE", "vocab": {piece: at for at, piece in enumerate(pieces)}, "merges": [["▁", "a"]]}
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    back = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    end = {"id": 0, "content": "</s>", "special": True, "single_word": False, "lstrip": False, "rstrip": False}
+    engine = {
+        "version": "1.0",
+        "added_tokens": [{**end, "normalized": False}],
+        "normalizer": space,
+        "model": {**model, "byte_fallback": True, "unk_token": None, "fuse_unk": True},
+        "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}]},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(engine), encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}', encoding="utf-8")
+    tokenizer = Tokenizer.load(tmp_path)
+    matcher = Constraints(tokenizer, tokenizer.size, frozenset([0])).compile(Constraint("regex", "( a|世)b"))
+
+    def bytes_of(mask: torch.Tensor) -> list[bytes]:
+        return sorted(tokenizer.token_bytes(token) for token in allowed(mask))
+
+    assert bytes_of(matcher.mask()) == sorted([b" ", b" ", b" a", "世".encode(), b"\xe4"])  # "▁" and <0x20>
+    for text in ("世", "b"):
+        matcher.accept(tokenizer.encode(text)[0])
+    assert allowed(matcher.mask()) == {0}

@@ -79,13 +79,13 @@ def test_good_prose_has_no_loop(text):
     assert found.seq_rep_4 == 0
 
 
-@pytest.mark.parametrize(("start", "piece"), [(FOX, " I see the sea."), (SPRING, "我不知道。")], ids=["en", "zh"])
+@pytest.mark.parametrize(("start", "piece"), [(FOX, " I see the sea!"), (SPRING, "我不知道！")], ids=["en", "zh"])
 def test_a_broken_record_is_found_in_both_languages(start, piece):
     stuck, freed = measure(start + piece * 10), measure(start + piece * 10 + start)
     size, tail = len(split_units(start)), 10 * len(split_units(piece))
     assert stuck.ends_in_loop
     assert not freed.ends_in_loop
-    assert stuck.loop_share == pytest.approx(tail / (size + tail), abs=0.02)
+    assert stuck.loop_share == pytest.approx(tail / (size + tail))
     assert stuck.longest == tail - len(split_units(piece))
     assert stuck.seq_rep_4 > 0.4 > measure(start).seq_rep_4
 

@@ -13,6 +13,7 @@ minute of writing); in between each keeps the bound over the pages it knows.
 
 import contextlib
 import hashlib
+import math
 import os
 import secrets
 import threading
@@ -56,6 +57,8 @@ class DiskTier:
     limit_bytes: what all pages in `folder` may take. page_bytes: bytes of a page, or of a page of each group.
     identity: whatever the bytes in a page depend on besides the key (weights, dtype, layout). on_error: is told one
     line, from another thread, when writing stops and at the first damaged page.
+    queue_bytes: of pages waiting to be written. retry_seconds: no stores for so long after an error of the disk.
+    look_seconds: between looks at the folder for pages of other processes. clock: seconds, for the last two.
 
     HanlinError: the folder cannot be written, or not even one page fits.
     """
@@ -71,6 +74,7 @@ class DiskTier:
         queue_bytes: int = QUEUE_BYTES,
         retry_seconds: float = RETRY_SECONDS,
         look_seconds: float = LOOK_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.folder, self.limit_bytes = Path(folder), limit_bytes
         self._lengths = {page_bytes} if isinstance(page_bytes, int) else set(page_bytes.values())
@@ -84,6 +88,7 @@ class DiskTier:
         self._identity = hashlib.blake2b(identity, digest_size=16).digest()
         self._on_error = on_error
         self._queue_bytes, self._retry_seconds, self._look_seconds = queue_bytes, retry_seconds, look_seconds
+        self._clock = clock
 
         # all below is changed with the lock held; `in` reads without
         self._changed = threading.Condition()
@@ -93,8 +98,7 @@ class DiskTier:
         self._queued = 0  # bytes of these
         self._touched: dict[bytes, int] = {}  # used in memory, the file does not know yet
         self._counts = dict.fromkeys(("stored", "loaded", "dropped", "evicted", "corrupt"), 0)
-        self._paused_until = 0.0
-        self._look_at = 0.0
+        self._paused_until = self._look_at = -math.inf
         self._pausing = self._looked = self._closing = self._ended = False
         self._busy = True  # the writer
 
@@ -122,7 +126,7 @@ class DiskTier:
             if digest in self._queue:
                 return
             full = self._queue and self._queued + numbers.nbytes > self._queue_bytes
-            if full or self._closing or self._ended or time.monotonic() < self._paused_until:
+            if full or self._closing or self._ended or self._clock() < self._paused_until:
                 self._counts["dropped"] += 1
                 return
             self._queue[digest] = key, bytes(numbers)
@@ -175,7 +179,7 @@ class DiskTier:
         try:
             while True:
                 try:
-                    if time.monotonic() >= self._look_at:
+                    if self._clock() >= self._look_at:
                         self._look()
                     with self._changed:
                         self._busy = False
@@ -233,7 +237,7 @@ class DiskTier:
 
     def _look(self) -> None:
         """Learn from the folder which pages there are, remove what a killed process left behind, keep the bound."""
-        began = time.monotonic()
+        began = self._clock()
         found = list_pages(self.folder)
         with self._changed:
             known = list(self._pages)
@@ -248,7 +252,7 @@ class DiskTier:
                 for digest in known:
                     self._use(digest)
         self._make_room(self.limit_bytes)
-        took = time.monotonic() - began
+        took = self._clock() - began
         with self._changed:
             self._looked = True
             self._look_at = began + self._look_seconds * max(1.0, took / LONG_LOOK)
@@ -256,7 +260,7 @@ class DiskTier:
     def _pause(self, error: OSError) -> None:
         with self._changed:
             told, self._pausing = self._pausing, True
-            self._paused_until = time.monotonic() + self._retry_seconds
+            self._paused_until = self._clock() + self._retry_seconds
             self._look_at = max(self._look_at, self._paused_until)
             self._counts["dropped"] += len(self._queue)
             self._queue.clear()

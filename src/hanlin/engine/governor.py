@@ -30,8 +30,8 @@ FORGIVE = 1 / 64  # how far a sequence that gets no tokens goes back towards the
 
 
 class SpeculationGovernor:
-    """most: tokens drafted for a sequence. worth: the chance below which a token is not drafted, best what verifying one
-    more token costs as a share of what a token costs at all (0.05 where memory is the bound, 0.3 near the other end).
+    """most: tokens drafted for a sequence. worth: the chance below which a token is not drafted. Best is the cost of
+    one more token to verify as a share of what a token costs at all: 0.05 where memory is the bound, 0.3 elsewhere.
     probe: steps of the losing kind at a time; pause, longest_pause: steps of the winning kind between these."""
 
     def __init__(

@@ -73,12 +73,10 @@ class PagedCache:
         for group, source, target in copies:
             self.store[group][target].copy_(self.store[group][source])
 
-    def wipe(self, pages: Sequence[Sequence[int]]) -> None:
-        """Zeros into the pages of a sequence whose numbers are not finite: they would survive the masks of others."""
-        for group, held in enumerate(pages):
-            for page in held:
-                if page > 0:
-                    self.store[group][page] = 0
+    def wipe(self, pages: Sequence[tuple[int, int]]) -> None:
+        """Zeros into (group, page): numbers that are not finite would survive the masks of later sequences."""
+        for group, page in pages:
+            self.store[group][page] = 0
 
     def step(
         self,
@@ -134,7 +132,8 @@ class Step:
         self._kernels = [
             PagedStep(starts, counts, [table[g] for table in tables], cache.page) for g in range(len(cache.groups))
         ]
-        self._streams = [any(page < 0 for held in table for page in held) for table in tables]
+        hosted = bool(cache.host_store)
+        self._streams = [hosted and any(page < 0 for held in table for page in held) for table in tables]
         self._made: dict = {}
 
     def attend(
@@ -157,10 +156,10 @@ class Step:
     ) -> Tensor | None:
         if scores.bias is not None or any(self._streams) or (window := self._window(scores.mask)) is None:
             return None
-        cache = self._cache
+        cache, sinks = self._cache, None if scores.sinks is None else scores.sinks.float()
         return self._kernels[cache.group_of[layer]].attend(
             q, k, v, cache.keys[layer], None if v is None else cache.values[layer],
-            scale=scores.scale, window=window, softcap=scores.softcap or 0.0, sinks=scores.sinks, value_dim=value_dim,
+            scale=scores.scale, window=window, softcap=scores.softcap or 0.0, sinks=sinks, value_dim=value_dim,
         )  # fmt: skip
 
     def _by_torch(
@@ -187,7 +186,7 @@ class Step:
             part = slice(self._offsets[i], self._offsets[i + 1])
             if self._streams[i]:
                 out[part] = self._stream(i, layer, group, q[part], keys, values, scores, value_dim)
-            elif self._starts[i] == 0 and self._counts[i] > 1 and scores.bias is None:
+            elif self._starts[i] == 0 and self._counts[i] > 1 and scores.bias is None and scores.mask.rows == 1:
                 out[part] = self._fresh(q[part], k[part], v[part], scores)
             else:
                 out[part] = self._one(i, group, q[part], keys, values, scores)

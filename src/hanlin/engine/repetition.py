@@ -1,6 +1,6 @@
 """How much a text repeats itself: what the penalties are for, measured.
 
-    seq-rep-n    1 - different n-grams / n-grams of one text (arXiv:1908.04319, section 6.1)
+    seq-rep-n    1 - different n-grams / n-grams of one text (arXiv:1908.04319)
     distinct-n   different n-grams / n-grams of many texts together (arXiv:1510.03055)
     longest      the longest run of units that stands there twice
     loop share   the part of the text that lies in a loop: a piece which comes three times or more, end to end

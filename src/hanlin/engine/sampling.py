@@ -44,6 +44,7 @@ from hanlin.engine.penalties import (
 from hanlin.engine.types import EVERY, SamplingParams, TokenLogprob
 
 BROKEN = -1  # the "token" of a place whose logits are not finite numbers, or where nothing is allowed
+FEW = 1024  # a top-k up to here is taken out of the vocabulary before anything else is done
 CHUNK = 64  # prompt tokens whose log-probabilities are computed at once: 64 x 150k take 39 MB
 
 
@@ -164,23 +165,56 @@ class Sampler:
     def _draw(
         self, tokens: list[int], at: Sequence[int], edited: Tensor, places: Sequence[Place]
     ) -> dict[int, tuple[float, float]]:
-        """Draw, and say how likely it was: {place: (kept, drawn)} where log-probabilities are asked for."""
+        """Draw, and say how likely it was: {place: (kept, drawn)} where log-probabilities are asked for.
+
+        Of places with top-k, the k likeliest are taken out first, and all else is done on those few. Places with one k
+        go together, and with ties at the last one into the whole vocabulary: so nobody depends on a neighbour's k.
+        """
+        groups: dict[int, list[int]] = {}
+        for n, place in enumerate(places):
+            k = place.row.params.top_k
+            groups.setdefault(k if k <= FEW and k < edited.shape[-1] else 0, []).append(n)
+        whole, reports = groups.pop(0, []), dict[int, tuple[float, float]]()
+
+        def draw_from(few: Tensor, ids: Tensor | None, rows: Sequence[int]) -> None:
+            mine = [places[n] for n in rows]
+            reports.update(self._draw_among(tokens, [at[n] for n in rows], few, ids, edited, rows, mine))
+
+        for k, rows in groups.items():
+            values, ids = (edited if len(rows) == len(places) else edited[rows]).topk(k + 1)
+            tied = ((values[:, k] == values[:, k - 1]) & values[:, k].isfinite()).tolist()
+            whole += [n for n, tie in zip(rows, tied, strict=True) if tie]
+            clear = [i for i, tie in enumerate(tied) if not tie]
+            if clear:
+                ids, order = ids[clear, :k].sort(-1)  # in the order of the vocabulary, as everybody draws
+                draw_from(values[clear].gather(-1, order), ids, [rows[i] for i in clear])
+        if whole:
+            draw_from(edited if whole == [*range(len(places))] else edited[whole], None, whole)
+        return reports
+
+    def _draw_among(
+        self, tokens: list[int], at: Sequence[int], logits: Tensor, ids: Tensor | None,
+        edited: Tensor, rows: Sequence[int], places: Sequence[Place],
+    ) -> dict[int, tuple[float, float]]:  # fmt: skip
+        """logits, ids (R, W): the tokens that may come (None: all); edited[rows] (R, V): those of the vocabulary."""
         params = [place.row.params for place in places]
-        shifted = edited - edited.amax(-1, keepdim=True)  # a tiny temperature overflows nothing
-        final = self._filter(shifted, params)
+        final = self._filter(logits - logits.amax(-1, keepdim=True), params)  # a tiny temperature overflows nothing
         numbers = [uniform(place.row.seed, len(place.row.ids) + len(place.drafted)) for place in places]
-        drawn, finite = draw(final, torch.tensor(numbers, dtype=torch.float64, device=final.device))
+        chosen, finite = draw(final, torch.tensor(numbers, dtype=torch.float64, device=final.device))
+        drawn = chosen if ids is None else ids.gather(-1, chosen[:, None])[:, 0]
         for i, token in zip(at, torch.where(finite, drawn, BROKEN).tolist(), strict=True):
             tokens[i] = token
         told = [n for n, i in enumerate(at) if params[n].logprobs is not None and tokens[i] != BROKEN]
         if not told:
             return {}
         final = final[told]
-        tempered = apply_temperature(shifted[told], self._column([params[n].temperature for n in told]))
-        mass = block_sums(torch.where(final > -math.inf, tempered.softmax(-1), 0.0)).sum(-1).clamp_max_(1.0)
-        chosen = torch.tensor([tokens[at[n]] for n in told], device=final.device)[:, None]
-        logprob = final.log_softmax(-1).gather(-1, chosen)[:, 0]
-        pairs = zip(told, mass.tolist(), logprob.tolist(), strict=True)
+        logprob = final.log_softmax(-1).gather(-1, chosen[told][:, None])[:, 0]
+        temperature = self._column([params[n].temperature for n in told])
+        chance = apply_temperature(edited[[rows[n] for n in told]], temperature).exp()
+        total = block_sums(chance).sum(-1)
+        among = chance if ids is None else chance.gather(-1, ids[told])
+        left = block_sums(torch.where(final > -math.inf, among, 0.0)).sum(-1)
+        pairs = zip(told, (left / total).clamp_max_(1.0).tolist(), logprob.tolist(), strict=True)
         return {at[n]: (kept if _filtered(params[n]) else 1.0, value) for n, kept, value in pairs}
 
     def _filter(self, logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
@@ -248,7 +282,9 @@ class Sampler:
         self._change(logits, bans, torch.add)
         if allowed is not None:
             bound = (allowed != -1).any(-1).nonzero()[:, 0]
-            if len(bound):
+            if len(bound) == len(allowed):
+                logits = forbid(logits, allowed.to(logits.device))
+            elif len(bound):
                 at = bound.to(logits.device)
                 logits[at] = forbid(logits[at], allowed[bound].to(logits.device))
         self._change(logits, repetition, penalise_repetition)

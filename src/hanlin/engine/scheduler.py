@@ -15,10 +15,9 @@ was served the fewest tokens (virtual token counter, arXiv:2401.00588), and nobo
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hanlin.core.errors import HanlinError
 from hanlin.engine.request import Request
 from hanlin.engine.tables import Found, Tables
 from hanlin.engine.tiers import Tiers
@@ -44,8 +43,7 @@ class Work:
 
 
 class Scheduler:
-    """tables: of pages; max_batch: sequences that run together; step_tokens: the budget. `on_preempt` is told of each
-    request that loses its pages."""
+    """tables: of pages; max_batch: sequences that run together; step_tokens: the budget."""
 
     def __init__(self, tables: Tables, tiers: Tiers, *, max_batch: int, step_tokens: int) -> None:
         self.tables, self.tiers, self.max_batch, self.step_tokens = tables, tiers, max_batch, step_tokens
@@ -54,7 +52,7 @@ class Scheduler:
         self.running: list[Request] = []
         self.served: Counter[str] = Counter()
         self.preemptions = self.queries = self.hits = 0
-        self.on_preempt: Callable[[Request], None] = lambda request: None
+        self.hopeless: list[Request] = []  # alone they found too few pages; the worker ends them
         self._arrivals = 0
 
     def add(self, request: Request) -> None:
@@ -97,10 +95,6 @@ class Scheduler:
                 line.remove(request)
         self._let_go(request, forget=forget)
 
-    def join(self, request: Request) -> None:
-        """A sequence that a search has forked from one that runs."""
-        self.running.append(request)
-
     def preempt(self, request: Request) -> None:
         """Take all pages from a request, and from the others of its search, until it is admitted again."""
         for member in request.search.members if request.search is not None else [request]:
@@ -110,7 +104,6 @@ class Scheduler:
                 member.computed = 0
                 member.preemptions += 1
                 self.preemptions += 1
-                self.on_preempt(member)
                 self.waiting.append(member)
 
     def check(self) -> None:
@@ -174,10 +167,8 @@ class Scheduler:
                 count //= 2
             else:
                 self.preempt(request)
-                raise HanlinError(
-                    f"A sequence of {len(request.ids)} tokens does not fit into the pages of this engine; raise "
-                    "cache_bytes, or host_bytes to let it stream."
-                )
+                self.hopeless.append(request)
+                return None
         return Work(request, count, guesses, count == request.missing)
 
     def _admit(self, plan: dict[Request, Work]) -> None:

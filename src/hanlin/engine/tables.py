@@ -216,6 +216,15 @@ class Tables:
                 return self.cut(table, computed, [(group, 0)]) if first else 0
         return min(computed, first * self.page)
 
+    def alone(self, table: Table) -> list[tuple[int, int]]:
+        """(group, page) of the device's pages that no other table holds."""
+        return [
+            (group, page)
+            for group, (held, pool) in enumerate(zip(table.pages, self.pools, strict=True))
+            for page in held
+            if page > 0 and pool.holders(page) == 1
+        ]
+
     def check(self, tables: Sequence[Table]) -> None:
         """Every page is free or in exactly as many tables as it has holders."""
         for group, pool in enumerate(self.pools):

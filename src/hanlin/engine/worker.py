@@ -26,6 +26,11 @@ Run = Callable[[Plan], Result]
 MaskPlaces = Sequence[tuple[Matcher, Sequence[int]] | None]
 FillMasks = Callable[[MaskPlaces], Tensor]  # -> (places, words) int32: what may come next there
 
+NOT_FINITE = (
+    "The model gives no next token: its logits are not finite numbers (its weights are damaged, or too large for this "
+    "precision: try dtype float32), or everything it could say is forbidden by bans and constraints."
+)
+
 
 class Worker:
     """run: computes a plan. max_open: requests under way and queued together; `submit` raises `Busy` past it."""
@@ -49,6 +54,7 @@ class Worker:
         self._prefill_seconds = self._decode_seconds = 0.0
         self._finished: Counter[str] = Counter()
         self._sources: dict[tuple[int, ...], int] = {}
+        self._failed: list[tuple[Request, HanlinError]] = []  # in this step
         self._thread = threading.Thread(target=self._run, name="hanlin-engine", daemon=True)
         self._thread.start()
 
@@ -148,6 +154,10 @@ class Worker:
         began = time.perf_counter()
         drafts = {} if self._drafter is None else self._drafter.propose(self._scheduler.running)
         works = self._scheduler.plan(drafts)
+        if hopeless := self._scheduler.hopeless:
+            self._scheduler.hopeless = []
+            message = "The sequence does not fit into the pages of this engine; raise cache_bytes, or host_bytes."
+            self._fail(hopeless, HanlinError(message))
         if not works:
             self._wait_for_pages()
             return
@@ -157,16 +167,16 @@ class Worker:
             if self._drafter is not None and result.everything is not None:
                 self._drafter.see(works, result.everything)
             allowed = None if masks is None else masks.result()
-            broken, accepted = self._choose(works, result, allowed)
+            accepted = self._choose(works, result, allowed)
         except Exception as error:
             self._fail([work.request for work in works], error)
             return
         self._count(works, accepted, time.perf_counter() - began)
         if self.checking:
             self._scheduler.check()
-        if broken:
-            message = "The model's logits are not finite numbers. Its weights are damaged, or too large for this "
-            self._fail(broken, HanlinError(message + "precision: try dtype float32."), wipe=True)
+        for request, error in self._failed:
+            self._fail([request], error, wipe=True)
+        self._failed = []
         for request in [work.request for work in works]:
             if request.finish_reason is not None:
                 self._settle(request)
@@ -252,34 +262,36 @@ class Worker:
             assert result.logits is not None
             logits = result.logits if len(rows) == len(result.logits) else result.logits[rows]
             choices = self._sampler.choose(logits, places, allowed)
-        broken, accepted, line = [], [], iter(choices)
+        accepted, line = [], iter(choices)
         for work in works:
             took = 0
             if work.sample and work.request.search is None:
-                mine = [next(line) for _ in range(1 + len(work.drafts))]
-                took, fine = self._accept(work, mine)
-                if not fine:
-                    broken.append(work.request)
+                took = self._accept(work, [next(line) for _ in range(1 + len(work.drafts))])
             accepted.append(took)
             self._scheduler.computed(work, took)
         self._advance_searches(searches, result)
-        return broken, accepted
+        return accepted
 
-    def _accept(self, work: Work, choices: Sequence[Choice]) -> tuple[int, bool]:
-        """Take chosen tokens for as long as the guesses were right: (right guesses, whether all was finite)."""
+    def _accept(self, work: Work, choices: Sequence[Choice]) -> int:
+        """Take chosen tokens for as long as the guesses were right; returns how many were."""
         request = work.request
         for guess, choice in enumerate(choices):
             if choice.token == BROKEN:
-                return guess, False
+                self._failed.append((request, HanlinError(NOT_FINITE)))
+                return guess
             self._generated_tokens += 1
-            request.accept(choice.token, choice.logprob)
+            try:
+                request.accept(choice.token, choice.logprob)
+            except HanlinError as error:  # a constraint that grew too complex
+                self._failed.append((request, error))
+                return guess
             right = guess < len(work.drafts) and work.drafts[guess] == choice.token
             if request.finish_reason is not None or not right:
                 # a token that ended it was computed only if it was guessed, but nobody will ask for it
                 took = guess + (right and request.finish_reason is None)
                 request.drafted += len(work.drafts)
                 request.accepted += took
-                return took, True
+                return took
         raise AssertionError("the last place has no guess behind it")
 
     def _advance_searches(self, rows: dict[Request, int], result: Result) -> None:
@@ -349,7 +361,7 @@ class Worker:
                 root.fail(error)
                 self._finished["error"] += 1
             if wipe and request.table is not None:
-                self._scheduler.tiers.cache.wipe(request.table.pages)
+                self._scheduler.tiers.cache.wipe(self._scheduler.tables.alone(request.table))
             self._settle(root, forget=True)
 
     def _settle(self, request: Request, *, forget: bool = False) -> None:

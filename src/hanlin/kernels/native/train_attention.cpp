@@ -7,8 +7,8 @@
 // of their sum (arXiv:2205.14135), which costs one product in the cache and saves two visits of O(T^2) memory.
 
 #include <algorithm>
-#include <vector>
 
+#include "desk.h"
 #include "team.h"
 #include "tiles.h"
 #include "vectors.h"
@@ -28,30 +28,6 @@ namespace {
 
 constexpr int64_t BLOCK = 64;  // queries
 
-int64_t whole(int64_t n) { return (n + 31) / 32 * 32; }
-
-// Memory of a part, aligned to cache lines.
-class Desk {
-    std::vector<char>& held;
-    int64_t used = 0;
-
-    static std::vector<char>& own() {
-        static thread_local std::vector<char> memory;
-        return memory;
-    }
-
-  public:
-    explicit Desk(int64_t numbers) : held(own()) {
-        if (int64_t(held.size()) < numbers * 4 + 2048) held.resize(numbers * 4 + 2048);
-    }
-    template <class T>
-    T* take(int64_t numbers) {
-        char* start = (char*)(((uintptr_t)held.data() + used + 63) / 64 * 64);
-        used = start + numbers * int64_t(sizeof(T)) - held.data();
-        return (T*)start;
-    }
-};
-
 // Rows of `width` numbers, `stride` apart -> (padded, wide), the rest zeros.
 template <class T>
 void gather(const T* from, int64_t stride, int64_t rows, int64_t width, T* to, int64_t padded, int64_t wide) {
@@ -68,8 +44,6 @@ void scatter(const float* from, int64_t wide, int64_t rows, int64_t width, float
         for (int64_t i = 0; i < width; i += LANES)
             store_up_to(to + row * stride + i, load(from + row * wide + i) * factor, width - i);
 }
-
-inline Ints lanes() { return Ints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
 
 // scale * scores + bias of the next lanes, -inf from `count` on.
 template <class T>

@@ -24,6 +24,7 @@ struct bf16 {
 };
 
 inline Floats spread(float x) { return x - Floats{}; }
+inline Ints lanes() { return Ints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
 
 inline Floats load(const float* from) {
     Floats v;
@@ -67,6 +68,13 @@ inline void store_part(T* to, Floats v, int64_t n) {
     memcpy(to, padded, n * sizeof(T));
 }
 
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+inline Floats load_part(const float* from, int64_t n) { return (Floats)_mm512_maskz_loadu_ps((1u << n) - 1, from); }
+inline Floats load_part(const bf16* from, int64_t n) {
+    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16((1u << n) - 1, from)), 16);
+}
+#endif
+
 template <class T>
 inline Floats load_up_to(const T* from, int64_t n) {
     return n >= LANES ? load(from) : load_part(from, n);
@@ -98,6 +106,35 @@ inline float largest(Floats v) {
     for (float part : parts) top = part > top ? part : top;
     return top;
 #endif
+}
+
+// The larger of each; b where a is not a number.
+inline Floats larger(Floats a, Floats b) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+// 2^x for x <= 0, and 0 below -127; relative error under 1e-7, or with `rough` 1e-4, which bf16 cannot see.
+template <bool rough>
+inline Floats power_of_two(Floats x) {
+    x = larger(spread(-127.0f), x);
+    const Floats shift = spread(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+    const Floats shifted = x + shift, r = x - (shifted - shift);
+    Floats p;
+    if constexpr (rough) {
+        p = 5.500890508e-02f * r + 2.422109900e-01f;
+        p = p * r + 6.932829349e-01f;
+    } else {
+        p = 1.326472423e-03f * r + 9.671513245e-03f;
+        p = p * r + 5.550733757e-02f;
+        p = p * r + 2.402224207e-01f;
+        p = p * r + 6.931469776e-01f;
+    }
+    p = p * r + 1.0f;  // exactly 1 at whole numbers, so that 2^-127 is 0
+    return (Floats)((Ints)p + ((Ints)shifted << 23));
 }
 
 // e^x = 2^n e^r with |r| <= ln(2)/2 and a polynomial for e^r; relative error under 2e-7. Below -87 it stays at e^-87.
