@@ -2,7 +2,7 @@
 
 Random weights of the Qwen3 kind, prompts of 64 tokens, 128 new tokens, one prompt and eight at once. Both sides in fp32
 and in bf16, each taken at its better one. Every run is a process of its own and the sides take turns; every repetition
-has other prompts, and the engine keeps no prefixes, so nothing is remembered. The limit for one prompt is reading the
+has other prompts, so the prefix cache finds nothing. The limit for one prompt is reading the
 weights once a token: "of read bandwidth" is the bytes of the matrices times steps a second over the GB/s that a plain
 sum reaches in the same process (it can pass 100 % where the weights fit into the caches).
 
@@ -145,7 +145,7 @@ def hanlin_side(dtype: str, size: str, rows: int, new: int) -> Side:
     with tempfile.TemporaryDirectory() as folder:  # as a user has it
         save_model(model, folder)
         tokenizer.save(folder)
-        engine = Engine.from_folder(folder, dtype=dtype, device="cpu", max_batch=rows, keep_prefixes=0)
+        engine = Engine.from_folder(folder, dtype=dtype, device="cpu", max_batch=rows)
     params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
 
     def generate(prompts: torch.Tensor) -> int:

@@ -133,6 +133,7 @@ def test_text_to_tokens_to_a_model_that_speaks(offline):
     size = ["--layers", "2", "--width", "32", "--heads", "2", "--kv-heads", "1", "--hidden", "64"]
     offline.hanlin("model", "new", *size, "--tokenizer", "tokenizer", "--out", "model")
     offline.hanlin("model", "show", "model")
+    offline.hanlin("pull", "--list")
     offline.hanlin("eval", "model", "--text", "text.txt", "--sample", "The", "--max-tokens", "4")
     offline.hanlin("generate", "model", "The cat", "--max-tokens", "4")
     offline.hanlin("chat", "model", "--max-tokens", "4", typed="你好\n")

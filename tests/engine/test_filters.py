@@ -141,15 +141,22 @@ def test_the_ends_of_the_unit_interval_draw_possible_tokens(number, vocabulary):
 
 
 def test_impossible_tokens_are_never_drawn():
-    """Long rows with few possible tokens, and numbers everywhere, most at the end: rounding must not step past it."""
-    logits = torch.full((2000, 5 * BLOCK), -torch.inf)
+    """Few possible tokens among many, and numbers everywhere."""
+    logits = torch.full((1000, 5 * BLOCK), -torch.inf)
     possible = torch.tensor([3, BLOCK - 1, BLOCK, 3 * BLOCK + 17, 4 * BLOCK + 5])
-    logits[:, possible] = some_logits(2000, vocabulary=5)
-    numbers = torch.linspace(0, 2, 2000, dtype=torch.float64).clamp_max(1 - 2**-53)
-    tokens, finite = draw(logits, numbers)
+    logits[:, possible] = some_logits(1000, vocabulary=5)
+    tokens, finite = draw(logits, torch.linspace(0, 1 - 2**-53, 1000, dtype=torch.float64))
     assert finite.all()
     assert set(tokens.tolist()) == set(possible.tolist())
-    assert (tokens[1000:] == possible[-1]).all()
+
+
+def test_rounding_at_the_end_does_not_step_past_the_last_possible_token():
+    logits = some_logits(300, vocabulary=4 * BLOCK)
+    logits[:, : 3 * BLOCK] += 15  # the sum before the last block has no bits left for its end
+    logits[:, -7:] = -torch.inf
+    tokens, _ = draw(logits, torch.full((300,), 1 - 2**-53, dtype=torch.float64))
+    assert (tokens < 4 * BLOCK - 7).all()
+    assert (tokens >= 3 * BLOCK).all()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

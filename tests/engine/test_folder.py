@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from hanlin.core.device import choose_dtype
 from hanlin.core.errors import HanlinError
 from hanlin.engine import Engine, SamplingParams
-from hanlin.engine.engine import faster_dtype
+from hanlin.engine.opening import faster_dtype
 from hanlin.models import Transformer, save_model
 
 

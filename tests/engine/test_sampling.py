@@ -22,7 +22,7 @@ from transformers.generation.logits_process import (
 )
 
 from hanlin.core.errors import HanlinError
-from hanlin.engine.sampling import BROKEN, Choice, Place, Row, Sampler, prompt_logprobs
+from hanlin.engine.sampling import BROKEN, Choice, Place, Row, Sampler, check_tokens, prompt_logprobs
 from hanlin.engine.types import EVERY, SamplingParams
 
 VOCABULARY = 300
@@ -407,6 +407,22 @@ def test_prompt_logprobs_are_those_of_each_token_behind_its_row(count):
 def test_parameters_out_of_range_are_refused_by_name(wrong):
     with pytest.raises(HanlinError, match=next(iter(wrong))):
         SamplingParams(**wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"logit_bias": ((VOCABULARY, 1.0),)},
+        {"logit_bias": ((3, float("-inf")),)},
+        {"bad_words": ((1, 2), (3, -1))},
+        {"stop_token_ids": (VOCABULARY,)},
+        {"dry_breakers": (-2,)},
+    ],
+)
+def test_tokens_that_the_model_does_not_have_are_refused_by_name(wrong):
+    with pytest.raises(HanlinError, match=next(iter(wrong))):
+        check_tokens(SamplingParams(**wrong), VOCABULARY)
+    check_tokens(MIXES["all"], VOCABULARY)
 
 
 def chi_square(counts: torch.Tensor, probability: torch.Tensor, total: int) -> float:

@@ -7,9 +7,9 @@ import time
 import pytest
 import torch
 
-from hanlin.kernels.attention import DecodeStep
 from hanlin.kernels.library import library
 from hanlin.kernels.linear import PackedProduct
+from hanlin.kernels.paged_attention import PagedStep
 
 LIBRARY = library()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the kernels cannot be built here")
@@ -28,12 +28,15 @@ def test_more_threads_change_no_bit(dtype):
     assert LIBRARY is not None
     torch.manual_seed(0)
     x = torch.randn(19, 520).to(dtype)
-    q, k, v = (torch.randn(4, 1, heads, 64).to(dtype) for heads in (8, 2, 2))
-    keys, values = torch.randn(4, 2, 900, 64).to(dtype), torch.randn(4, 2, 900, 64).to(dtype)
-    lengths = [899, 3, 500, 777]
+    starts, counts = [1799, 3, 500, 777], [1, 1, 40, 2]
+    q, k, v = (torch.randn(44, heads, 64).to(dtype) for heads in (8, 2, 2))
+    keys, values = torch.randn(202, 2, 16, 64).to(dtype), torch.randn(202, 2, 16, 64).to(dtype)
+    first = [1, 120, 122, 150]
+    tables = [list(range(at, at + -(-(s + c) // 16))) for at, s, c in zip(first, starts, counts, strict=True)]
+    step = PagedStep(starts, counts, tables, 16)
 
     def attend() -> torch.Tensor | None:
-        return DecodeStep(lengths, 0).attend(q, k, v, keys, values, scale=0.1, window=0)
+        return step.attend(q, k, v, keys, values, scale=0.1, window=0)
 
     before, attended = products(dtype, x), attend()
     LIBRARY.long.hanlin_threads(4)

@@ -1,16 +1,21 @@
 """A server at work: many at once, clients that leave, a full queue, figures for dashboards, a taken port."""
 
+import asyncio
 import concurrent.futures
 import json
 import os
+import random
 import re
 import signal
 import socket
 import subprocess
 import sys
+import time
+from collections import Counter
 
 import httpx
 import openai
+import psutil
 import pytest
 from tests.serve.tiny import post, serving, wait_until
 
@@ -74,7 +79,8 @@ def test_a_client_that_leaves_frees_its_place(small, stream):
         if stream:
             with client.stream("POST", f"{address}/v1/completions", json=body) as response:
                 assert response.status_code == 200
-                next(response.iter_lines())
+                lines = response.iter_lines()  # kept: when it goes, the connection goes
+                next(lines)
                 assert running(engine) == 2
                 raise httpx.ReadTimeout("enough")
         client.post(f"{address}/v1/completions", json=body)
@@ -122,6 +128,53 @@ class HeldStreams:
 
     def close(self):
         self.closing = True
+
+
+async def restless(number: int, address: str, end: float, counts: Counter) -> None:
+    """A client that asks, whole or streamed, and leaves when it likes."""
+    dice = random.Random(number)
+    async with httpx.AsyncClient(base_url=address, timeout=60, verify=False) as http:
+        while time.monotonic() < end:
+            prompt = f"{'读和写是一枚硬币的两面。' * dice.randint(0, 4)} {dice.randint(0, 9)} fox"
+            body = {"prompt": prompt, "max_tokens": dice.randint(1, 60), "stream": dice.random() < 0.5}
+            try:
+                async with asyncio.timeout(dice.choice([0.05, 0.3, 2.0, 60.0])):
+                    response = await http.post("/v1/completions", json=body)
+                assert response.status_code in (200, 429), response.text
+                assert response.status_code == 429 or not body["stream"] or "data: [DONE]" in response.text
+                counts[response.status_code] += 1
+            except TimeoutError:
+                counts["left"] += 1
+
+
+async def crowd(address: str, seconds: float) -> Counter:
+    counts: Counter = Counter()
+    end = time.monotonic() + seconds
+    await asyncio.gather(*(restless(number, address, end, counts) for number in range(200)))
+    return counts
+
+
+@pytest.mark.slow
+def test_two_hundred_clients_with_random_aborts_leave_nothing_behind(folder):
+    """For a minute. No page, place or byte stays behind: every request is answered, refused or left by its client."""
+    limits = ("--max-batch", 16, "--cache-bytes", 4 * 2**20)
+    with command(folder, "--port", 0, "--no-page", "--name", "tiny", *limits) as process:
+        address = re.search(r"http://\S+", process.stderr.readline())[0]
+        asyncio.run(crowd(address, 20))
+        server = psutil.Process(process.pid)
+        before, files = server.memory_info().rss, server.num_fds()
+        counts = asyncio.run(crowd(address, 40))
+        assert counts[200] > 200 and counts["left"] > 50, counts
+        gauges = [f'vllm:{name}{{model_name="tiny"}}' for name in IDLE]
+        wait_until(lambda: all(read_metrics(address)[gauge] == 0 for gauge in gauges))
+        assert server.memory_info().rss - before < 16 * 2**20
+        wait_until(lambda: server.num_fds() <= files)
+        process.send_signal(signal.SIGTERM)
+        rest = process.communicate(timeout=30)[1]
+    assert process.returncode == 0 and "Traceback" not in rest, rest
+
+
+IDLE = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
 
 
 def read_metrics(address) -> dict[str, float]:

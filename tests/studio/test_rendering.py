@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.serve.tiny import TEXT
+from tests.studio.answers import answered
 
-from hanlin.engine import Completion, Event, TokenLogprob, Usage
-from hanlin.studio.conversation import Answer, Exchange, Piece, TooLongError, fit
+from hanlin.engine import TokenLogprob
+from hanlin.studio.answer import Piece, TooLongError, fit
 from hanlin.studio.rendering import find_sheet_end, format_share, render_alternatives, render_answer, shade, show_token
 from hanlin.studio.words import WORDS, choose, preferred_language, say
 from hanlin.tokens import Tokenizer
@@ -19,20 +20,6 @@ from hanlin.tokens import Tokenizer
 @pytest.fixture(scope="module")
 def tokenizer():
     return Tokenizer.train_from_iterator([TEXT] * 4, vocab_size=420)
-
-
-def answered(tokenizer, text, *, step=1):
-    """An answer that came token by token, its text `step` tokens at a time."""
-    answer = Answer(tokenizer)
-    ids = tokenizer.encode(text)
-    shown = ""
-    for count, token in enumerate(ids, 1):
-        sent = tokenizer.decode(ids[:count]).rstrip("\ufffd") if count % step == 0 or count == len(ids) else shown
-        answer.add(Event(sent[len(shown) :], [token], [TokenLogprob(token, math.log(0.5), ((token, math.log(0.5)),))]))
-        shown = sent
-    whole = Completion(text, ids, None, "stop", Usage(3, len(ids), 0.5, 1.5))
-    answer.add(Event(text[len(shown) :], completion=whole))
-    return answer
 
 
 def plain(markup: str) -> str:
@@ -49,7 +36,6 @@ def test_rendering_loses_and_adds_nothing(tokenizer, text, step):
     markup = render_answer(text, answer.pieces)
     assert plain(markup) == text
     assert markup.count("<span") == markup.count("</span>")
-    assert not re.search(r"<(?!/?span)", markup)
 
 
 @given(text=marked)
@@ -81,12 +67,16 @@ def test_sheets_join_to_the_whole(tokenizer, text):
     assert plain("".join(sheets)) == text
 
 
-def test_markdown_has_its_looks(tokenizer):
-    text = "# Head\nuse `len`, **now**\n```python\nlen('**')\n```\nend"
-    markup = render_answer(text, [])
-    for look, stretch in (("heading", "# Head"), ("code", "`len`"), ("bold", "**now**")):
-        assert f'<span class="md-{look}">{stretch}</span>' in markup
-    assert '<span class="md-fence">```python\nlen(&#x27;**&#x27;)\n```\n</span>end' in markup
+def test_a_character_that_html_cannot_hold_is_still_there_to_point_at(tokenizer):
+    assert plain(render_answer("a\0b", answered(tokenizer, "a\0b").pieces)) == "a\ufffdb"
+
+
+def test_the_cursor_stands_behind_the_last_character_while_the_answer_grows(tokenizer):
+    for text in ("", "one", "a **b**", "- x\n- y", "```py\nx = 1"):
+        answer = answered(tokenizer, text)
+        markup = render_answer(text, answer.pieces, growing=True)
+        assert markup.count("hl-caret") == 1 and plain(markup.split('<span class="hl-caret">')[1]).strip("*`\n") == ""
+        assert "hl-caret" not in render_answer(text, answer.pieces)
 
 
 def test_shades_and_shares():
@@ -106,18 +96,16 @@ def test_alternatives_show_the_chosen_even_where_it_is_not_among_the_best(tokeni
     assert card.count("chosen") == 1 and "0.10 %" in card and "90.0 %" in card and "note &lt;b&gt;" in card
 
 
-def exchange(tokenizer, question, text):
-    answer = Answer(tokenizer)
-    answer.text = text
-    return Exchange(question, answer)
-
-
 def test_the_prompt_keeps_as_much_history_as_leaves_room(tokenizer):
-    exchanges = [exchange(tokenizer, f"question {number}", "狗并不在意" * 3) for number in range(6)]
-    exchanges.append(exchange(tokenizer, "the last", ""))
+    system = [{"role": "system", "content": "Be brief."}]
+    messages = [*system]
+    for number in range(6):
+        messages.append({"role": "user", "content": f"question {number}"})
+        messages.append({"role": "assistant", "content": "狗并不在意" * 3})
+    messages.append({"role": "user", "content": "the last"})
 
     def prompt(context, limit=20):
-        return fit(exchanges, system="Be brief.", chat=tokenizer.chat, context=context, max_tokens=limit)
+        return fit(messages, chat=tokenizer.chat, context=context, max_tokens=limit)
 
     whole = prompt(4096)
     assert not whole.forgot and whole.max_tokens == 20
@@ -127,7 +115,7 @@ def test_the_prompt_keeps_as_much_history_as_leaves_room(tokenizer):
     text = tokenizer.decode(tight.ids)
     assert tight.forgot and "question 0" not in text and "question 5" in text and "Be brief." in text
     assert len(tight.ids) + tight.max_tokens <= len(whole.ids) and tight.max_tokens == 20
-    alone = len(fit(exchanges[-1:], system="Be brief.", chat=tokenizer.chat, context=4096, max_tokens=1).ids)
+    alone = len(fit([*system, messages[-1]], chat=tokenizer.chat, context=4096, max_tokens=1).ids)
     assert prompt(alone + 1).max_tokens == 1
     with pytest.raises(TooLongError) as error:
         prompt(alone)

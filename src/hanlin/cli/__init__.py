@@ -19,6 +19,7 @@ VERBS = {
     "tokenizer": "train a tokenizer; show how it cuts a text",
     "data": "text to token shards (build); what the model will see (preview)",
     "train": "train a model as a recipe says: pretraining, instruction tuning",
+    "pull": "bring a model here: a packaged one, one of a hub, a GGUF file",
     "model": "show a model folder, or make a new one with random weights",
     "generate": "continue a prompt",
     "chat": "talk to a model in the terminal",

@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING
 
 from hanlin.cli.generate import speed
 from hanlin.cli.parser import make_parser
-from hanlin.cli.sampling_flags import add_model_flags, add_sampling_flags, open_engine, sampling_params
+from hanlin.cli.sampling_flags import (
+    add_model_flags,
+    add_sampling_flags,
+    chosen_adapter,
+    open_engine,
+    sampling_params,
+)
 from hanlin.core.errors import HanlinError
 
 if TYPE_CHECKING:
@@ -32,7 +38,9 @@ def main(argv: list[str]) -> None:
             "echo 你好 | hanlin chat DIR --quiet",
         ],
     )
-    parser.add_argument("folder", metavar="DIR", help="model folder with its tokenizer and chat template")
+    parser.add_argument(
+        "folder", metavar="DIR", help="model folder with its tokenizer and chat template, or the name of a pulled model"
+    )
     parser.add_argument("--system", default="", metavar="TEXT", help="system prompt")
     add_sampling_flags(parser, temperature=0.7, top_p=0.95, max_tokens=512)
     add_model_flags(parser)
@@ -44,14 +52,23 @@ def main(argv: list[str]) -> None:
                 f"{arguments.folder} has no chat template: this model continues text and was not taught to answer. "
                 f'Use `hanlin generate {arguments.folder} "…"`.'
             )
-        Chat(engine, params, system=arguments.system, quiet=arguments.quiet).run()
+        adapter = chosen_adapter(arguments)
+        Chat(engine, params, system=arguments.system, adapter=adapter, quiet=arguments.quiet).run()
 
 
 class Chat:
     """The conversation and its loop. On a terminal it shows a prompt; in a pipe only the answers go to stdout."""
 
-    def __init__(self, engine: "Engine", params: "SamplingParams", *, system: str = "", quiet: bool = False) -> None:
-        self._engine, self._params, self._system = engine, params, system
+    def __init__(
+        self,
+        engine: "Engine",
+        params: "SamplingParams",
+        *,
+        system: str = "",
+        adapter: str | None = None,
+        quiet: bool = False,
+    ) -> None:
+        self._engine, self._params, self._system, self._adapter = engine, params, system, adapter
         self._turns: list[Message] = []
         self._terminal = sys.stdin.isatty() and sys.stdout.isatty()
         self._quiet = quiet
@@ -133,7 +150,7 @@ class Chat:
         """Print the answer as it comes; Ctrl-C ends it with what there is."""
         said: list[str] = []
         remark = ""
-        handle = self._engine.submit(ids, self._params)
+        handle = self._engine.submit(ids, self._params, adapter=self._adapter)
         try:
             for event in handle:
                 print(event.text, end="", flush=True)

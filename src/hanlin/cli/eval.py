@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
             'hanlin eval DIR --sample "Return the" --sample "从前"',
         ],
     )
-    parser.add_argument("folder", metavar="DIR", help="model folder with its tokenizer")
+    parser.add_argument("folder", metavar="DIR", help="model folder with its tokenizer, or the name of a pulled model")
     parser.add_argument(
         "--text", nargs="+", metavar="FILE", help="txt, jsonl, json, parquet, also .gz or .zst; folders"
     )
@@ -47,10 +47,12 @@ def main(argv: list[str]) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from hanlin.models import load_model
+    from hanlin.models.places import find_model
     from hanlin.tokens import Tokenizer
 
-    model = load_model(arguments.folder, device=arguments.device)
-    tokenizer = Tokenizer.load(arguments.folder)
+    folder = find_model(arguments.folder)
+    model = load_model(folder, device=arguments.device)
+    tokenizer = Tokenizer.load(folder)
     found: dict[str, Any] = {"model": arguments.folder}
     if arguments.text:
         from hanlin.evaluate.perplexity import evaluate_files

@@ -62,12 +62,14 @@ def _show(arguments: argparse.Namespace) -> None:
 
     from hanlin.core.errors import HanlinError as Unreadable
     from hanlin.models import load_config, stored_dtype
+    from hanlin.models.places import find_model
 
-    config = load_config(arguments.folder)
+    folder = find_model(arguments.folder)
+    config = load_config(folder)
     if arguments.length is not None and arguments.length < 1:
         raise HanlinError(f"--length is {arguments.length}; it must be at least 1.")
     try:
-        dtype = stored_dtype(arguments.folder)
+        dtype = stored_dtype(folder)
     except Unreadable:  # a config without weights
         dtype = torch.bfloat16
     facts = _facts(config, dtype, arguments.length)
@@ -83,8 +85,9 @@ def _diff(arguments: argparse.Namespace) -> None:
 
     from hanlin.models import load_config
     from hanlin.models.describe import differences
+    from hanlin.models.places import find_model
 
-    first, second = (load_config(folder) for folder in arguments.folders)
+    first, second = (load_config(find_model(folder)) for folder in arguments.folders)
     rows = differences(first, second)
     if not rows:
         print("The two are the same model: their configs say the same.")

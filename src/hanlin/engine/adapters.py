@@ -5,15 +5,18 @@
     + s B A x   one small product for each run of tokens with the same adapter
 
 An adapter is loaded from PEFT's files and let go while the engine runs. Requests hold their adapter themselves: one
-that is unloaded takes no new requests, those under way end with it, and then its memory is free. A name that is loaded
-again is another adapter: nothing computed with the old one is found in the cache.
+that is unloaded takes no new requests, those under way end with it, and then its memory is free. What was computed with
+an adapter is found in the cache by its numbers, not by its name: other files under an old name find nothing, the same
+files find their pages again, on disk even after a restart.
 """
 
+import hashlib
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from weakref import WeakValueDictionary
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -25,10 +28,11 @@ from hanlin.tune.peft_files import read_lora
 
 
 class Adapter:
-    """A and s B of each layer it changes, by the layer's name. key: unlike that of every other adapter."""
+    """A and s B of each layer it changes, by the layer's name. key: unlike that of every other adapter; contents: the
+    hash of all factors, the same wherever they are loaded."""
 
     def __init__(self, name: str, key: str, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
-        self.name, self.key, self.factors = name, key, factors
+        self.name, self.key, self.factors, self.contents = name, key, factors, hash_of(factors)
 
 
 class Adapters:
@@ -90,6 +94,15 @@ class Adapters:
         for module in self._packed:
             module.note_branches()
         self._on = bool(runs)
+
+
+def hash_of(factors: Mapping[str, tuple[Tensor, Tensor]]) -> str:
+    found = hashlib.blake2b(digest_size=16)
+    for name in sorted(factors):
+        for factor in factors[name]:
+            found.update(f"{name} {tuple(factor.shape)} {factor.dtype}".encode())
+            found.update(factor.contiguous().cpu().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 class _Runs:

@@ -17,24 +17,27 @@
 import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hanlin.core.device import choose_device, choose_dtype
 from hanlin.core.errors import HanlinError
 from hanlin.engine.beams import BeamSearch
 from hanlin.engine.constraints import Constraints
 from hanlin.engine.contrastive import ContrastiveSearch
+from hanlin.engine.embedding import writes
 from hanlin.engine.governor import SpeculationGovernor
 from hanlin.engine.handle import RequestHandle
-from hanlin.engine.memory import Memory, open_memory
+from hanlin.engine.limits import read_limits
+from hanlin.engine.memory import Memory, fingerprint, open_memory
 from hanlin.engine.ngram_draft import NgramDraft
+from hanlin.engine.opening import open_model
 from hanlin.engine.request import BestOf, Deliver, Owner, Request, with_logprobs
 from hanlin.engine.runner import Runner
+from hanlin.engine.sampling import check_tokens
 from hanlin.engine.scheduler import Scheduler
 from hanlin.engine.search import Search
 from hanlin.engine.speculation import DraftModel, Ngrams, OwnHeads, Proposer, Speculation
@@ -42,7 +45,6 @@ from hanlin.engine.tables import root_of
 from hanlin.engine.text import Spelling
 from hanlin.engine.types import Completion, EngineStats, Event, SamplingParams
 from hanlin.engine.worker import Worker
-from hanlin.models.folder import load_model
 from hanlin.models.transformer import Transformer
 from hanlin.nn.frozen import freeze
 from hanlin.tokens import Tokenizer
@@ -50,55 +52,21 @@ from hanlin.tokens import Tokenizer
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]  # text, token ids, or chat messages
 
 
-@dataclass(frozen=True)
-class Limits:
-    """max_batch: sequences computed together; max_waiting: requests that may queue beyond them (`submit` raises `Busy`
-    past that); max_context: tokens a sequence may hold, prompt and output (None: the model's positions, or what the
-    pages can hold); step_tokens: tokens computed in one step, so that a long prompt does not stall the others;
-    pad_products: pad every step to step_tokens, so that no result depends on what is computed beside it, whatever the
-    matrix library does with products of different heights (Hanlin's own kernels do not need it).
-
-    Memory (`engine.memory`): page_size: tokens a page; cache_bytes: of the device's pages (None: what max_batch
-    sequences can use, at most a quarter of the memory that is free); host_bytes: of pages in the host's memory below
-    it; disk_folder, disk_bytes: of pages on disk below that, which survive a restart.
-
-    speculate: how to guess tokens that one step then verifies (`engine.speculation`): from the text (ngram), by a
-    smaller model (draft), by the model's own modules (mtp); most_drafts: how many at once.
-    """
-
-    max_batch: int = 64
-    max_waiting: int = 256
-    max_context: int | None = None
-    step_tokens: int = 512
-    pad_products: bool = False
-    page_size: int = 16
-    cache_bytes: int | None = None
-    host_bytes: int = 0
-    disk_folder: str | os.PathLike[str] | None = None
-    disk_bytes: int = 4 << 30
-    speculate: Literal["off", "ngram", "draft", "mtp"] = "off"
-    most_drafts: int = 8
-
-    def __post_init__(self) -> None:
-        for name, least in [
-            ("max_batch", 1), ("max_waiting", 0), ("max_context", 2), ("step_tokens", 1), ("page_size", 1),
-            ("cache_bytes", 1), ("host_bytes", 0), ("disk_bytes", 1), ("most_drafts", 1),
-        ]:  # fmt: skip
-            found = getattr(self, name)
-            if found is not None and found < least:
-                raise HanlinError(f"{name} is {found}; it must be at least {least}.")
-        if self.speculate not in ("off", "ngram", "draft", "mtp"):
-            raise HanlinError(f"speculate is {self.speculate!r}; it is one of: off, ngram, draft, mtp.")
-
-
 class Engine:
-    """Continuous batching over one model; draft: a smaller model with the same tokens, for speculate="draft"; limits:
-    those of `Limits`, by name."""
+    """Continuous batching over one model. draft: a smaller model with the same tokens, for speculate="draft"; identity:
+    tells this model's pages on disk from those of others (None: looked up in its weights); limits: those of
+    `engine.limits.Limits`, by name."""
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, *, draft: Transformer | None = None, **limits: Any
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        draft: Transformer | None = None,
+        identity: str | None = None,
+        **limits: Any,
     ) -> None:
-        self.limits = _limits(limits)
+        self.limits = read_limits(limits)
         longest = model.config.max_positions
         if (self.limits.max_context or 0) > longest:
             raise HanlinError(
@@ -107,7 +75,7 @@ class Engine:
             )
         self.model, self.tokenizer = model.eval(), tokenizer
         self._writes = writes(model)
-        self._memory: Memory = open_memory(model, self.limits)
+        self._memory: Memory = open_memory(model, self.limits, identity=identity)
         self.max_context = min(self.limits.max_context or longest, self._memory.capacity)
         if self.limits.max_context is not None and self.max_context < self.limits.max_context:
             raise HanlinError(
@@ -156,25 +124,17 @@ class Engine:
         adapters: LoRA adapters by name, in PEFT's files. draft: the folder of a draft model. limits: those of the
         constructor.
         """
-        _limits(limits)  # a wrong name is said before a large file is read
-        if isinstance(dtype, str) and dtype != "auto":
-            if dtype not in DTYPES:
-                raise HanlinError(f"Unknown dtype `{dtype}`; it is one of: auto, {', '.join(DTYPES)}.")
-            dtype = DTYPES[dtype]
-        target = choose_device(device)
+        read_limits(limits)  # a wrong name is said before a large file is read
         tokenizer = Tokenizer.load(path)
-        if isinstance(dtype, torch.dtype):
-            model = load_model(path, dtype=dtype, device=target)
-        else:
-            model = load_model(path, device=target)
-            model = model.to(faster_dtype(model))
+        model = open_model(path, dtype=dtype, device=device)
         helper = None
         if draft is not None:
             limits = {"speculate": "draft"} | limits
-            helper = load_model(draft, dtype=model.dtype, device=target)
+            helper = open_model(draft, dtype=model.dtype, device=device)
             freeze(helper)
+        identity = fingerprint(model)  # freezing takes the weights away that it looks at
         freeze(model)
-        engine = cls(model, tokenizer, draft=helper, **limits)
+        engine = cls(model, tokenizer, draft=helper, identity=identity, **limits)
         for name, folder in (adapters or {}).items():
             engine.load_adapter(name, folder)
         return engine
@@ -233,7 +193,7 @@ class Engine:
         to length 1: (prompts, width) fp32. One text at a time, between the steps of what is being generated."""
         many: Sequence[Any] = prompts if _are_many(prompts) else [prompts]
         rows = [self._prompt_ids(prompt, writes=False) for prompt in many]
-        vectors = [self._worker.between_steps(partial(mean_pooled, self.model, ids)) for ids in rows]
+        vectors = [self._worker.between_steps(partial(self._runner.embed, ids)) for ids in rows]
         return torch.stack([vector.result() for vector in vectors])
 
     def load_adapter(self, name: str, folder: str | os.PathLike[str]) -> None:
@@ -277,6 +237,7 @@ class Engine:
             raise HanlinError(f"n is {sequences}; this engine runs and queues at most {self._max_open} sequences.")
         if not self._writes:
             raise HanlinError("This model reads and does not write: it gives embeddings, no completions.")
+        check_tokens(params, self.model.config.vocab_size)
         ids, owner = self._split_source(ids, owner)
         handle = RequestHandle(self._worker.wake, params.n, on_event)
         deliver: Deliver = handle.deliver
@@ -284,7 +245,8 @@ class Engine:
             deliver, params, quiet = BestOf(params, handle.deliver), with_logprobs(params), True
         matcher = None if params.constraint is None else self._constraints.compile(params.constraint)
         adapter = None if owner.adapter is None else self._runner.adapters.find(owner.adapter)
-        root = root_of(self._memory.identity, "" if adapter is None else adapter.key, owner.salt)
+        salt = owner.salt if owner.source is None else f"{owner.source} {owner.salt}"  # what a decoder knows of both
+        root = root_of(self._memory.identity, "" if adapter is None else adapter.contents, salt)
         for index in range(1 if params.beams > 1 or params.contrast else params.copies):
             request = Request(
                 ids,
@@ -393,23 +355,6 @@ class Engine:
         return [start] if forced is None else [start, forced]
 
 
-SMALL = 6_000_000  # parameters
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-
-
-def faster_dtype(model: Transformer) -> torch.dtype:
-    """bf16 where the device is fast in it (CPU: measured), but fp32 for a small model on a CPU.
-
-    bf16 reads half the bytes and pays a little for every operation. One Zen core, time of a decode step in bf16 over
-    fp32, for 1 and 8 rows: 1.1M parameters 1.03, 0.99; 3.1M 0.91, 0.86; 10M 0.82, 0.82; 29M and 88M 0.70, 0.65 both.
-    Below 6M the gain is not worth the rounding.
-    It is a rule and no race at each start, because the same seed has to draw the same tokens tomorrow.
-    """
-    if model.device.type == "cpu" and model.parameter_count() < SMALL:
-        return torch.float32
-    return choose_dtype("auto", model.device)
-
-
 def _are_many(prompts: Any) -> bool:
     """A list of prompts, not one prompt that is a list (of ids, of messages)."""
     return not isinstance(prompts, str) and not (len(prompts) and isinstance(prompts[0], int | Mapping))
@@ -423,25 +368,6 @@ def _ends_of(model: Transformer) -> frozenset[int]:
         ends = place.get("eos_token_id")
         found |= set(ends) if isinstance(ends, list) else set() if ends is None else {ends}
     return frozenset(found)
-
-
-def writes(model: Transformer) -> bool:
-    """Whether it generates: it has an output head, and no layer of its decoder looks ahead."""
-    return model.lm_head is not None and not any(layer.attention.bidirectional for layer in model.config.layers)
-
-
-def mean_pooled(model: Transformer, ids: Sequence[int]) -> Tensor:
-    """The mean of a text's last hidden states, of length 1: (width,) fp32."""
-    tokens = torch.tensor([list(ids)], device=model.device)
-    hidden = model.encode(tokens) if model.encoder is not None else model(tokens, logits=None).hidden
-    return torch.nn.functional.normalize(hidden[0].float().mean(0), dim=0).cpu()
-
-
-def _limits(named: Mapping[str, Any]) -> Limits:
-    known = Limits.__dataclass_fields__
-    if wrong := [name for name in named if name not in known]:
-        raise HanlinError(f"Unknown limit `{wrong[0]}` of the engine; it is one of: {', '.join(known)}.")
-    return Limits(**named)
 
 
 def _stop(worker: Worker, memory: Memory) -> None:

@@ -10,21 +10,18 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from hanlin.core.errors import HanlinError
 from hanlin.engine.disk_tier import DiskTier
+from hanlin.engine.limits import Limits
 from hanlin.engine.page_pool import PagePool
 from hanlin.engine.paged_cache import PagedCache
 from hanlin.engine.tables import Group, Tables, groups_of
 from hanlin.engine.tiers import Tiers
 from hanlin.models.config import ModelConfig
 from hanlin.models.transformer import Transformer
-
-if TYPE_CHECKING:
-    from hanlin.engine.engine import Limits
 
 SHARE = 0.25  # of the memory that is free, if nobody says more
 
@@ -40,8 +37,11 @@ class Memory:
     identity: str
 
 
-def open_memory(model: Transformer, limits: "Limits", *, config: ModelConfig | None = None) -> Memory:
-    """config: where it differs from the model's (one rank of several holds fewer heads)."""
+def open_memory(
+    model: Transformer, limits: Limits, *, config: ModelConfig | None = None, identity: str | None = None
+) -> Memory:
+    """config: where it differs from the model's (one rank of several holds fewer heads). identity: of the model, for
+    pages on disk; None: its fingerprint."""
     config = config or model.config
     page, dtype, extra = limits.page_size, model.dtype, config.predict_ahead or 0
     groups = groups_of(config, extra=extra)
@@ -64,9 +64,9 @@ def open_memory(model: Transformer, limits: "Limits", *, config: ModelConfig | N
         host_pages=[n + 1 for n in host] if limits.host_bytes else (),
     )  # fmt: skip
     tables = Tables(groups, [PagePool(n + 1, first=1) for n in pages], page)
-    disk, identity = None, ""
+    disk = None
     if limits.disk_folder is not None:
-        identity = fingerprint(model)
+        identity = identity or fingerprint(model)
         layout = f"{identity} {dtype} {page} {[group.layers for group in groups]}"
         disk = DiskTier(
             Path(limits.disk_folder),
@@ -76,7 +76,7 @@ def open_memory(model: Transformer, limits: "Limits", *, config: ModelConfig | N
         )
     full = [g for g, group in enumerate(groups) if group.window is None]
     capacity = min([(pages[g] + host[g]) * page for g in full], default=config.max_positions)
-    return Memory(cache, tables, Tiers(tables, cache, disk), capacity, identity)
+    return Memory(cache, tables, Tiers(tables, cache, disk), capacity, identity or "")
 
 
 def share_out(
@@ -111,12 +111,15 @@ def free_memory(device: torch.device) -> int:
 @torch.no_grad()
 def fingerprint(model: Transformer) -> str:
     """Tells models apart by a sample of every weight: pages on disk are found by the model that wrote them only."""
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise HanlinError(
+            "The weights of a frozen model cannot be told apart any more; give the engine its `identity`."
+        )
     found = hashlib.blake2b(repr(model.config).encode(), digest_size=16)
     for name, tensor in model.state_dict().items():
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        if tensor.device.type != "meta":
-            flat = tensor.flatten()
-            found.update(flat[:: max(1, len(flat) // 256)].double().cpu().numpy().tobytes())
+        flat = tensor.flatten()
+        found.update(flat[:: max(1, len(flat) // 256)].double().cpu().numpy().tobytes())
     return found.hexdigest()
 
 

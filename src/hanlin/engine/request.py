@@ -100,6 +100,12 @@ class Request:
         return len(self.ids) - self.prompt_tokens
 
     @property
+    def source(self) -> tuple[tuple[int, ...], str | None] | None:
+        """What an encoder reads for it: the tokens, and the key of the adapter it reads them with."""
+        source = self.owner.source
+        return None if source is None else (source, None if self.adapter is None else self.adapter.key)
+
+    @property
     def rank(self) -> tuple[int, int]:
         """Who is served first, and preempted last."""
         return self.owner.priority, self.arrival

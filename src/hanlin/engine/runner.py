@@ -11,10 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hanlin.engine.adapters import Adapters
+from hanlin.engine.embedding import mean_pooled
 from hanlin.engine.paged_cache import PagedCache
 from hanlin.models.layer import Layer
 from hanlin.models.shared import Shared
 from hanlin.models.transformer import Transformer
+
+Source = tuple[tuple[int, ...], str | None]  # what an encoder reads, the key of the adapter it reads it with
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Plan:
     everything: bool = False
     adapters: list[str | None] = field(default_factory=list)
     readers: list[int] = field(default_factory=list)
-    sources: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    sources: dict[int, Source] = field(default_factory=dict)
     done: list[int] = field(default_factory=list)
 
 
@@ -59,14 +62,14 @@ class Runner:
     def __init__(self, model: Transformer, cache: PagedCache, *, height: int = 0) -> None:
         self.model, self.cache, self.height = model, cache, height
         self.adapters = Adapters(model)
-        self.sources = Sources(model) if model.encoder is not None else None
+        self.sources = Sources(model, self.adapters) if model.encoder is not None else None
 
     @torch.inference_mode()
     def __call__(self, plan: Plan) -> Result:
         self.cache.copy(plan.copies)
-        self.adapters.select(plan.adapters, plan.counts)
         padding = max(0, self.height - len(plan.ids))
         reader = None if self.sources is None else self.sources.step(plan, padding)
+        self.adapters.select(plan.adapters, plan.counts)
         step = self.cache.step(plan.starts, plan.counts, plan.tables, padding=padding, source=reader)
         ids = torch.tensor([plan.ids + [0] * padding], device=self.model.device)  # (1, N)
         hidden = self.model(ids, cache=step, logits=None).hidden[0]  # (N, width)
@@ -104,6 +107,12 @@ class Runner:
                 each[:] = [*each[1:], token]
         return guesses
 
+    @torch.inference_mode()
+    def embed(self, ids: Sequence[int]) -> Tensor:
+        """(width,): `embedding.mean_pooled` of the model without adapters."""
+        self.adapters.select([], [])
+        return mean_pooled(self.model, ids)
+
     def _logits(self, hidden: Tensor) -> Tensor:
         if not self.height:
             return self.model.logits(hidden)
@@ -117,14 +126,15 @@ class Runner:
 class Sources:
     """What the decoders of a model with an encoder read: encoded once, kept as keys and values a layer."""
 
-    def __init__(self, model: Transformer) -> None:
-        self._model = model
+    def __init__(self, model: Transformer, adapters: Adapters) -> None:
+        self._model, self._adapters = model, adapters
         self._kept: dict[int, list[tuple[Tensor, Tensor]]] = {}  # source -> of each layer (S, kv_heads, D)
 
     def step(self, plan: Plan, padding: int) -> "ReadSources":
         for source in plan.done:
             self._kept.pop(source, None)
-        for source, ids in plan.sources.items():
+        for source, (ids, adapter) in plan.sources.items():
+            self._adapters.select([adapter], [len(ids)])
             read = self._model.encode(torch.tensor([ids], device=self._model.device))
             kept = []
             for layer in self._model.model.layers:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hanlin.core.errors import HanlinError
 from hanlin.engine.filters import (
     apply_temperature,
     block_sums,
@@ -332,6 +333,21 @@ class Sampler:
 
     def _index(self, values: Sequence[int] | Ints) -> Tensor:
         return torch.as_tensor(values, dtype=torch.int64, device=self.device)
+
+
+def check_tokens(params: SamplingParams, vocabulary: int) -> None:
+    """Refuse parameters that name tokens which the model does not have, or biases that are no numbers."""
+    named = {
+        "logit_bias": [token for token, _ in params.logit_bias],
+        "bad_words": [token for word in params.bad_words for token in word],
+        "stop_token_ids": params.stop_token_ids,
+        "dry_breakers": params.dry_breakers,
+    }
+    for name, tokens in named.items():
+        if wrong := [token for token in tokens if not 0 <= token < vocabulary]:
+            raise HanlinError(f"{name} has the token {wrong[0]}; this model's ids go from 0 to {vocabulary - 1}.")
+    if wrong := [added for _, added in params.logit_bias if not math.isfinite(added)]:
+        raise HanlinError(f"logit_bias adds {wrong[0]}; it must be a finite number. To forbid a token, use bad_words.")
 
 
 def report_logprobs(

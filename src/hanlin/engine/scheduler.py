@@ -165,6 +165,8 @@ class Scheduler:
                 continue
             elif count > 1:  # alone, and its piece is too large for the pages there are
                 count //= 2
+            elif self.loading:  # these hold the others; once they run, one of them gives way
+                return None
             else:
                 self.preempt(request)
                 self.hopeless.append(request)

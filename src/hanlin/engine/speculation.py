@@ -192,13 +192,17 @@ class OwnHeads:
             at += size
 
     def propose(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[list[int]]:
-        able = [r for r in requests if r in self._waiting and r.table is not None]
-        rows, starts, next_ids = [], [], []
-        for request in able:
+        able, rows, starts, next_ids = [], [], [], []
+        for request in requests:
+            if request not in self._waiting or request.table is None:
+                continue
             start, hidden = _joined(self._waiting.pop(request), len(request.ids) - 1)
-            rows.append(hidden)
-            starts.append(start)
-            next_ids.append(request.ids[start + 1 :])
+            first = max(start, self._first_held(request.table, len(request.ids) - 2))
+            if first < len(request.ids) - 1:
+                able.append(request)
+                rows.append(hidden[first - start :])
+                starts.append(first)
+                next_ids.append(request.ids[first + 1 :])
         if not able:
             return [[] for _ in requests]
         tables = [[list(held) for held in r.table.pages] for r in able if r.table is not None]
@@ -207,6 +211,16 @@ class OwnHeads:
 
     def forget(self, request: Request) -> None:
         self._waiting.pop(request, None)
+
+    def _first_held(self, table: Table, last: int) -> int:
+        """From which token up to `last` on the device has all pages of the modules' layers: a window may have let go of
+        those before, or they lie on the host."""
+        cache = self._runner.cache
+        held = table.pages[cache.group_of[len(self._runner.model.config.layers)]]
+        index = last // cache.page
+        while index >= 0 and held[index] > 0:
+            index -= 1
+        return (index + 1) * cache.page
 
     def _keep(self, request: Request, start: int, hidden: Tensor) -> None:
         parts = self._waiting.setdefault(request, [])

@@ -149,10 +149,11 @@ class Tables:
             rows.append(row)
             if self.groups[group].window is None:
                 longest = min(longest, next((i for i, place in enumerate(row) if place is None), len(row)))
-        for group, row in enumerate(rows):  # a window needs only the pages in front of the place where it goes on
-            window = self.groups[group].window
-            if window is not None:
-                longest = self._reachable(row, longest, window)
+        places = set(range(longest + 1))  # a window needs only the pages in front of the place where it goes on
+        for group, row in zip(self.groups, rows, strict=True):
+            if group.window is not None:
+                places &= self._reachable(row, longest, group.window)
+        longest = max(places)
         for group, row in enumerate(rows):
             window = self.groups[group].window
             del row[longest:]
@@ -238,15 +239,15 @@ class Tables:
         total = sum(pool.size for pool in self.pools)
         return 1 - sum(pool.free for pool in self.pools) / max(1, total)
 
-    def _reachable(self, row: Sequence[object], longest: int, window: int) -> int:
-        """The largest n ≤ longest such that the pages that a query behind n pages sees are all there."""
-        best = run = 0
+    def _reachable(self, row: Sequence[object], longest: int, window: int) -> set[int]:
+        """All n ≤ longest such that the pages that a query behind n pages sees are all there."""
+        found, run = {0}, 0
         for n in range(1, longest + 1):
             run = 0 if row[n - 1] is None else run + 1
             first = max(0, (n * self.page + 1 - window) // self.page)
             if run >= n - first:
-                best = n
-        return best
+                found.add(n)
+        return found
 
     def _drop_from(self, table: Table, group: int, first: int, *, forget: bool = False) -> None:
         held = table.pages[group]

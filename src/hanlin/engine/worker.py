@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from hanlin.core.errors import HanlinError
 from hanlin.engine.constraints import Matcher
 from hanlin.engine.request import Request
-from hanlin.engine.runner import Plan, Result
+from hanlin.engine.runner import Plan, Result, Source
 from hanlin.engine.sampling import BROKEN, Choice, Place, Sampler, prompt_logprobs
 from hanlin.engine.scheduler import Scheduler, Work
 from hanlin.engine.speculation import Speculation
@@ -26,6 +26,7 @@ Run = Callable[[Plan], Result]
 MaskPlaces = Sequence[tuple[Matcher, Sequence[int]] | None]
 FillMasks = Callable[[MaskPlaces], Tensor]  # -> (places, words) int32: what may come next there
 
+SOON = 0.005  # seconds
 NOT_FINITE = (
     "The model gives no next token: its logits are not finite numbers (its weights are damaged, or too large for this "
     "precision: try dtype float32), or everything it could say is forbidden by bans and constraints."
@@ -53,7 +54,7 @@ class Worker:
         self._computed_prompt = self._step_tokens = self._drafted = self._accepted = 0
         self._prefill_seconds = self._decode_seconds = 0.0
         self._finished: Counter[str] = Counter()
-        self._sources: dict[tuple[int, ...], int] = {}
+        self._sources: dict[Source, int] = {}
         self._failed: list[tuple[Request, HanlinError]] = []  # in this step
         self._thread = threading.Thread(target=self._run, name="hanlin-engine", daemon=True)
         self._thread.start()
@@ -209,18 +210,19 @@ class Worker:
             done,
         )
 
-    def _sources_of(self, requests: Sequence[Request]) -> tuple[list[int], dict[int, tuple[int, ...]], list[int]]:
+    def _sources_of(self, requests: Sequence[Request]) -> tuple[list[int], dict[int, Source], list[int]]:
         """Numbers for what an encoder reads: of each request, of those that are new, of those that nobody needs."""
-        if all(r.owner.source is None for r in requests) and not self._sources:
+        if all(r.source is None for r in requests) and not self._sources:
             return [], {}, []
-        needed = {r.owner.source for r in self._scheduler.open if r.owner.source is not None}
+        needed = {r.source for r in self._scheduler.open}
         done = [self._sources.pop(source) for source in list(self._sources) if source not in needed]
         new = {}
-        for source in {r.owner.source for r in requests if r.owner.source is not None} - set(self._sources):
-            number = next(n for n in range(len(self._sources) + 1) if n not in self._sources.values())
-            self._sources[source] = number
-            new[number] = source
-        return [self._sources[r.owner.source] for r in requests if r.owner.source is not None], new, done
+        for source in dict.fromkeys(r.source for r in requests if r.source is not None):
+            if source not in self._sources:
+                number = next(n for n in range(len(self._sources) + 1) if n not in self._sources.values())
+                self._sources[source] = number
+                new[number] = source
+        return [self._sources[r.source] for r in requests if r.source is not None], new, done
 
     def _start_masks(self, works: Sequence[Work]) -> Future[Tensor] | None:
         """What constraints allow is found out while the model computes."""
@@ -232,8 +234,8 @@ class Worker:
             places += [None] * (1 + len(drafts)) if matcher is None else [(matcher, drafts)]
         return self._masks.submit(self._fill_masks, places)
 
-    def _choose(self, works: Sequence[Work], result: Result, allowed: Tensor | None) -> tuple[list[Request], list[int]]:
-        """Next tokens for all that have caught up: (requests with logits that are not finite, right guesses a work)."""
+    def _choose(self, works: Sequence[Work], result: Result, allowed: Tensor | None) -> list[int]:
+        """Next tokens for all that have caught up; returns the right guesses of each work."""
         places: list[Place] = []
         rows: list[int] = []
         searches: dict[Request, int] = {}
@@ -275,7 +277,9 @@ class Worker:
     def _accept(self, work: Work, choices: Sequence[Choice]) -> int:
         """Take chosen tokens for as long as the guesses were right; returns how many were."""
         request = work.request
+        request.drafted += len(work.drafts)
         for guess, choice in enumerate(choices):
+            request.accepted += guess > 0  # the one before was right
             if choice.token == BROKEN:
                 self._failed.append((request, HanlinError(NOT_FINITE)))
                 return guess
@@ -286,12 +290,8 @@ class Worker:
                 self._failed.append((request, error))
                 return guess
             right = guess < len(work.drafts) and work.drafts[guess] == choice.token
-            if request.finish_reason is not None or not right:
-                # a token that ended it was computed only if it was guessed, but nobody will ask for it
-                took = guess + (right and request.finish_reason is None)
-                request.drafted += len(work.drafts)
-                request.accepted += took
-                return took
+            if request.finish_reason is not None or not right:  # of the token that ended it nobody will ask
+                return guess
         raise AssertionError("the last place has no guess behind it")
 
     def _advance_searches(self, rows: dict[Request, int], result: Result) -> None:
@@ -349,10 +349,9 @@ class Worker:
             self._drafter.record(works, accepted, seconds)
 
     def _wait_for_pages(self) -> None:
-        """Nothing can be computed before pages have come."""
+        """Nothing can be computed before pages have come, or requests: both are looked for again soon."""
         for request in self._scheduler.loading[:1]:
-            for *_, future in request.loading:
-                future.result()
+            wait([future for *_, future in request.loading], timeout=SOON)
 
     def _fail(self, requests: Sequence[Request], error: Exception, *, wipe: bool = False) -> None:
         for request in list(requests):

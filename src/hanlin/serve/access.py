@@ -1,25 +1,41 @@
-"""The key: whoever asks for inference shows `Authorization: Bearer KEY`."""
+"""The door of the interface: whoever asks shows a key, `Authorization: Bearer KEY` or `x-api-key: KEY`.
 
-import hmac
+A dependency of every guarded route. The request's account (`limits.py`) stands in `request.state.account` afterwards.
+"""
+
+from collections.abc import AsyncGenerator
 
 from fastapi import Request
 
-from hanlin.serve.errors import ApiError
+from hanlin.serve.limits import Account, Gate, same_key
 
-
-def same_key(shown: str, key: str) -> bool:
-    """Compared in constant time, so that a wrong key tells nothing about the right one."""
-    return hmac.compare_digest(shown.encode(), key.encode())
+__all__ = ["account_of", "require_key", "same_key", "take_place"]
 
 
 def require_key(request: Request) -> None:
-    """A dependency of every guarded route: 401 without the key, if the server has one."""
-    key: str | None = request.app.state.api_key
-    if key is None:
-        return
+    """401 without the key, if the server has one."""
+    gate: Gate = request.app.state.gate
+    request.state.account = gate.account(_shown(request))
+
+
+async def take_place(request: Request) -> AsyncGenerator[None]:
+    """A place among the requests under way until the answer has left, its last byte too."""
+    gate: Gate = request.app.state.gate
+    account = account_of(request)
+    gate.enter(account)
+    try:
+        yield
+    finally:
+        gate.leave(account)
+
+
+def account_of(request: Request) -> Account:
+    """Whose request it is."""
+    return request.state.account
+
+
+def _shown(request: Request) -> str | None:
     scheme, _, shown = request.headers.get("Authorization", "").partition(" ")
-    if not shown:
-        raise ApiError(401, "This server needs a key: send 'Authorization: Bearer KEY'.", code="missing_api_key")
-    shown = shown.strip().encode("latin-1").decode("utf-8", "replace")  # a header is bytes; keys are text
-    if scheme.lower() != "bearer" or not same_key(shown, key):
-        raise ApiError(401, "The key is wrong.", code="invalid_api_key")
+    if scheme.lower() != "bearer" or not shown.strip():
+        shown = request.headers.get("x-api-key", "") or (shown and f"{scheme} {shown}")  # Anthropic's way
+    return shown.strip().encode("latin-1").decode("utf-8", "replace")  # a header is bytes; keys are text

@@ -17,21 +17,35 @@ from hanlin.tokens import Tokenizer
 DONE = b"data: [DONE]\n\n"
 
 
-def server_sent_event(value: Mapping[str, Any]) -> bytes:
-    """One `data:` line of a stream."""
-    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+def server_sent_event(value: Mapping[str, Any], *, name: str | None = None) -> bytes:
+    """One `data:` line of a stream, behind an `event:` line if it has a name."""
+    head = b"" if name is None else f"event: {name}\n".encode()
+    return head + b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
-def usage_of(completions: Sequence[Completion], *, prompt_tokens: int) -> dict[str, Any]:
+def usage_of(
+    completions: Sequence[Completion], *, prompt_tokens: int, reasoning_tokens: int | None = None
+) -> dict[str, Any]:
     """Token counts of a whole request; prompt_tokens counts every prompt once, however many completions it has."""
     generated = sum(completion.usage.completion_tokens for completion in completions)
     cached = sum(completion.usage.cached_tokens for completion in completions if completion.index == 0)
-    return {
+    return usage(prompt_tokens, generated, cached, reasoning_tokens)
+
+
+def usage(
+    prompt_tokens: int, completion_tokens: int, cached_tokens: int | None = None, reasoning_tokens: int | None = None
+) -> dict[str, Any]:
+    """The usage object; details only where they are known."""
+    counts: dict[str, Any] = {
         "prompt_tokens": prompt_tokens,
-        "completion_tokens": generated,
-        "total_tokens": prompt_tokens + generated,
-        "prompt_tokens_details": {"cached_tokens": cached},
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
     }
+    if cached_tokens is not None:
+        counts["prompt_tokens_details"] = {"cached_tokens": cached_tokens}
+    if reasoning_tokens is not None:
+        counts["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
+    return counts
 
 
 @dataclass(frozen=True)
@@ -44,12 +58,26 @@ class Envelope:
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
+    @property
+    def full_id(self) -> str:
+        return f"{self.prefix}-{self.id}"
+
+    @property
+    def head(self) -> dict[str, Any]:
+        return {"id": self.full_id, "object": self.kind, "created": self.created, "model": self.model}
+
     def wrap(
-        self, choices: list[dict[str, Any]], *, chunk: bool = False, usage: dict[str, Any] | None = None
+        self,
+        choices: list[dict[str, Any]],
+        *,
+        chunk: bool = False,
+        usage: dict[str, Any] | None = None,
+        **more: Any,
     ) -> dict[str, Any]:
         kind = f"{self.kind}.chunk" if chunk and self.kind == "chat.completion" else self.kind
-        shared = {"id": f"{self.prefix}-{self.id}", "object": kind, "created": self.created, "model": self.model}
-        return shared | {"choices": choices} | ({"usage": usage} if usage is not None else {})
+        return (
+            self.head | {"object": kind} | {"choices": choices} | ({"usage": usage} if usage is not None else {}) | more
+        )
 
 
 def chat_logprobs(tokens: Sequence[Placed], tokenizer: Tokenizer) -> dict[str, Any]:
@@ -85,6 +113,28 @@ def completion_logprobs(tokens: Sequence[int | TokenLogprob], tokenizer: Tokeniz
             lists["token_logprobs"].append(finite(token.logprob))
             lists["top_logprobs"].append(top | {name: finite(token.logprob)})
     return lists
+
+
+def prompt_logprobs(scored: Sequence[TokenLogprob], tokenizer: Tokenizer) -> list[dict[str, Any] | None]:
+    """vLLM's form: nothing for the first token, then a mapping from ids to what is known of them.
+
+    rank: among all tokens, where it is known, that is among the alternatives asked for.
+    """
+    entries: list[dict[str, Any] | None] = [None]
+    for token in scored:
+        ranks = {other: rank for rank, (other, _) in enumerate(token.top, 1)}
+        known = dict(token.top) | {token.token_id: token.logprob}
+        entries.append(
+            {
+                str(other): {
+                    "logprob": finite(logprob),
+                    "rank": ranks.get(other),
+                    "decoded_token": spell(tokenizer.token_bytes(other)),
+                }
+                for other, logprob in known.items()
+            }
+        )
+    return entries
 
 
 def finite(logprob: float) -> float:

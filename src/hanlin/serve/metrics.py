@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 from hanlin.engine import Engine, EngineStats, Event
 
+Family = tuple[str, str, str, list[str]]  # name, kind, help, lines
+
 SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
 
@@ -84,6 +86,8 @@ def render_metrics(engines: Mapping[str, Engine], metrics: Mapping[str, ModelMet
         ends = [(reason, stats.finished.get(reason, 0)) for reason in REASONS]
         reasons = [f'vllm:request_success_total{{{labels},finished_reason="{r}"}} {count}' for r, count in ends]
         add("request_success_total", "counter", "Completions by the reason of their end.", reasons)
+        for lines in (_steps(stats, labels), _adapters(engine, labels)):
+            add(*lines)
         for name, help_text, histogram in (
             ("time_to_first_token_seconds", "From the request to its first token.", m.first_token),
             ("inter_token_latency_seconds", "From token to token.", m.between_tokens),
@@ -93,6 +97,7 @@ def render_metrics(engines: Mapping[str, Engine], metrics: Mapping[str, ModelMet
     return "".join(
         f"# HELP {name} {help_text}\n# TYPE {name} {kind}\n" + "".join(f"{line}\n" for line in lines)
         for (name, kind, help_text), lines in families.items()
+        if lines
     )
 
 
@@ -108,7 +113,28 @@ def _figures(stats: EngineStats) -> list[tuple[str, str, str, float]]:
         ("generation_tokens_total", "counter", "Tokens generated.", stats.generated_tokens),
         ("prefix_cache_queries_total", "counter", "Prompt tokens looked up in the cache.", stats.prompt_tokens),
         ("prefix_cache_hits_total", "counter", "Prompt tokens found in the cache.", stats.cached_tokens),
+        ("num_preemptions_total", "counter", "Sequences that lost their pages for a while.", stats.preemptions),
+        ("spec_decode_num_draft_tokens_total", "counter", "Tokens proposed by speculation.", stats.drafted),
+        ("spec_decode_num_accepted_tokens_total", "counter", "Proposed tokens that held.", stats.accepted),
     ]
+
+
+def _steps(stats: EngineStats, labels: str) -> Family:
+    """Only the mean is kept: all steps fall into one bucket."""
+    tokens = stats.computed_prompt_tokens + stats.generated_tokens
+    name = "vllm:iteration_tokens_total"
+    lines = [
+        f'{name}_bucket{{{labels},le="+Inf"}} {stats.steps}',
+        f"{name}_sum{{{labels}}} {tokens}",
+        f"{name}_count{{{labels}}} {stats.steps}",
+    ]
+    return "iteration_tokens_total", "histogram", "Tokens of a step.", lines
+
+
+def _adapters(engine: Engine, labels: str) -> Family:
+    names = _escape(",".join(engine.adapters()))
+    lines = [f'vllm:lora_requests_info{{{labels},running_lora_adapters="{names}"}} 1'] if names else []
+    return "lora_requests_info", "gauge", "The adapters that are loaded.", lines
 
 
 def _escape(label: str) -> str:

@@ -1,101 +1,106 @@
-"""Parameters of the OpenAI interface (and of vLLM's and llama.cpp's extensions) that do not act here.
+"""Parameters of the known interfaces (OpenAI's, vLLM's and llama.cpp's extensions) that do not act here.
 
-Nothing that a client sends is ignored in silence. A parameter either acts (`requests.py`), or changes nothing by its
-nature (`HARMLESS`), or stands in `REFUSED` with the one kind of value under which its absence makes no difference; any
-other value is answered 400 with the parameter's name.
+Nothing that a client sends is ignored in silence. A parameter either acts, or changes nothing by its nature
+(`HARMLESS`), or stands in `REFUSED` with the one kind of value under which its absence makes no difference; any other
+value is answered 400 with the parameter's name.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
 from hanlin.serve.errors import ApiError
 
+# name -> (is this value the same as leaving it out?, why it is refused otherwise)
+Refusals = Mapping[str, tuple[Callable[[Any], bool], str]]
+
 # Labels for the caller's own book-keeping: they could not change an answer of this server even if it read them.
-HARMLESS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key", "request_id"})
+HARMLESS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
 
 
-def _one_of(*values: Any) -> Callable[[Any], bool]:
+def one_of(*values: Any) -> Callable[[Any], bool]:
+    """Exactly one of these, of the same type: True is not 1."""
     return lambda found: any(found == value and type(found) is type(value) for value in values)
 
 
-def _empty(found: Any) -> bool:
+def empty(found: Any) -> bool:
     return found in ([], {}, "")
 
 
-def _zero(found: Any) -> bool:
+def zero(found: Any) -> bool:
     return isinstance(found, int | float) and not isinstance(found, bool) and found == 0
 
 
-def _one(found: Any) -> bool:
+def one(found: Any) -> bool:
     return isinstance(found, int | float) and not isinstance(found, bool) and found == 1
 
 
-_TOOLS = "this server does not call tools yet"
-_FORM = "answers of a prescribed form (JSON, regular expression, choice, grammar) are not supported yet"
-_never: Callable[[Any], bool] = _one_of()
+def anything(found: Any) -> bool:
+    """Echoed or read elsewhere; never wrong."""
+    return True
 
-# name -> (is this value the same as leaving it out?, why it is refused otherwise)
-REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "tools": (_empty, _TOOLS),
-    "tool_choice": (_one_of("none", "auto"), _TOOLS),
-    "parallel_tool_calls": (_one_of(True, False), _TOOLS),
-    "functions": (_empty, _TOOLS),
-    "function_call": (_one_of("none", "auto"), _TOOLS),
-    "response_format": (_one_of({"type": "text"}), _FORM),
-    "structured_outputs": (_never, _FORM),
-    "guided_json": (_never, _FORM),
-    "guided_regex": (_never, _FORM),
-    "guided_choice": (_never, _FORM),
-    "guided_grammar": (_never, _FORM),
-    "grammar": (_never, _FORM),
-    "json_schema": (_never, _FORM),
-    "frequency_penalty": (_zero, "use repetition_penalty"),
-    "presence_penalty": (_zero, "use repetition_penalty"),
-    "logit_bias": (_empty, "single tokens cannot be made likelier yet"),
-    "reasoning_effort": (_one_of("none"), "the models served here have no reasoning switch"),
-    "verbosity": (_one_of("medium"), "the models served here have no verbosity switch"),
-    "prediction": (_never, "predicted output is not supported"),
-    "modalities": (_one_of(["text"]), "only text comes out"),
-    "audio": (_never, "only text comes out"),
-    "web_search_options": (_never, "this server contacts no other"),
-    "service_tier": (_one_of("auto", "default"), "there is one tier"),
-    "store": (_one_of(False), "this server stores nothing"),
-    "suffix": (_empty, "filling a gap is not supported"),
-    "best_of": (_one, "ask for n completions and choose"),
-    "use_beam_search": (_one_of(False), "beam search is not supported"),
-    "length_penalty": (_one, "it belongs to beam search, which is not supported"),
-    "include_stop_str_in_output": (_one_of(False), "the text ends before the stop string"),
-    "skip_special_tokens": (_one_of(True), "special tokens are never part of the text"),
-    "add_generation_prompt": (_one_of(True), "the answer is always a new turn of the assistant"),
-    "continue_final_message": (_one_of(False), "the answer is always a new turn of the assistant"),
-    "chat_template": (_never, "the model's own template is used"),
-    "chat_template_kwargs": (_empty, "the template is called without options"),
-    "prompt_logprobs": (_never, "use /v1/completions with echo and logprobs"),
-    "return_token_ids": (_one_of(False), "use /tokenize"),
-    "priority": (_zero, "requests are served in the order of their arrival"),
-    "cache_salt": (_never, "the cache of prompts is not divided among clients"),
-    "continuous_usage_stats": (_one_of(False), "usage comes with the last chunk"),
-    "thinking_token_budget": (_never, "the models served here have no reasoning switch"),
-    "typical_p": (_one, "this sampler does not exist here"),
-    "mirostat": (_zero, "this sampler does not exist here"),
+
+never: Callable[[Any], bool] = one_of()
+
+_CHAT_ONLY = "it belongs to conversations: use /v1/chat/completions"
+_SAMPLER = "this sampler does not exist here"
+
+REFUSED: Refusals = {
+    "functions": (empty, "it is the old name of 'tools'"),
+    "function_call": (one_of("none", "auto"), "it is the old name of 'tool_choice'"),
+    "tools": (empty, _CHAT_ONLY),
+    "tool_choice": (one_of("none", "auto"), _CHAT_ONLY),
+    "parallel_tool_calls": (one_of(True, False), _CHAT_ONLY),
+    "reasoning_effort": (one_of("none"), _CHAT_ONLY),
+    "include_reasoning": (one_of(True), _CHAT_ONLY),
+    "add_generation_prompt": (one_of(True), _CHAT_ONLY),
+    "continue_final_message": (one_of(False), _CHAT_ONLY),
+    "chat_template_kwargs": (empty, _CHAT_ONLY),
+    "chat_template": (never, "a template is a program, and only the model's own is run"),
+    "grammar": (never, "llama.cpp's notation is not read; use structured_outputs.grammar in Lark's"),
+    "verbosity": (one_of("medium"), "the models served here have no verbosity switch"),
+    "prediction": (never, "predicted output is not supported"),
+    "modalities": (one_of(["text"]), "only text comes out"),
+    "audio": (never, "only text comes out"),
+    "web_search_options": (never, "this server contacts no other"),
+    "service_tier": (one_of("auto", "default"), "there is one tier"),
+    "store": (one_of(False), "only /v1/responses keeps answers"),
+    "suffix": (empty, "filling a gap is not supported"),
+    "top_logprobs": (zero, "completions have 'logprobs', a number"),
+    "thinking_token_budget": (never, "the length of the reasoning cannot be bounded apart from the answer"),
+    "documents": (empty, "put what the model shall read into the messages"),
+    "mirostat": (zero, _SAMPLER),
+    "tfs_z": (one, _SAMPLER),
+    "xtc_probability": (zero, _SAMPLER),
+    "dynatemp_range": (zero, _SAMPLER),
+    "dry_penalty_last_n": (one_of(-1), "repetitions are looked for in the whole text"),
+    "truncate_prompt_tokens": (never, "a prompt that does not fit is refused, not cut"),
+    "spaces_between_special_tokens": (one_of(True), "the text is the tokens' own"),
+    "allowed_token_ids": (empty, "use structured_outputs, or logit_bias"),
+    "logits_processors": (empty, "no code of clients is run"),
+    "mm_processor_kwargs": (empty, "only text goes in"),
+    "kv_transfer_params": (empty, "pages do not travel between servers"),
+    "include_obfuscation": (one_of(False), "no padding is added to chunks"),
 }
 
 
-def drop_neutral(body: dict[str, Any], *, known: Iterable[str], place: str = "") -> dict[str, Any]:
+def drop_neutral(
+    body: dict[str, Any], *, known: Iterable[str], place: str = "", more: Refusals | None = None
+) -> dict[str, Any]:
     """The body without what changes nothing; `ApiError` 400 for what would change something but cannot here.
 
     known: parameters that act on this route. A null value is the same as leaving the parameter out.
     """
     known = set(known)
+    refused = {**REFUSED, **(more or {})}
     kept = {}
     for name, value in body.items():
         where = f"{place}{name}"
         if name in known:
             if value is not None:
                 kept[name] = value
-        elif name in REFUSED:
-            neutral, reason = REFUSED[name]
+        elif name in refused:
+            neutral, reason = refused[name]
             if value is not None and not neutral(value):
                 message = f"'{where}' is not supported with this value: {reason}."
                 raise ApiError(400, message, param=where, code="unsupported_parameter")

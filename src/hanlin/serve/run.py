@@ -3,10 +3,13 @@
 import contextlib
 import errno
 import socket
+import time
+from types import FrameType
 
 from fastapi import FastAPI
 
 from hanlin.core.errors import HanlinError, require
+from hanlin.serve.limits import Gate
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -43,11 +46,29 @@ def address_of(listener: socket.socket) -> str:
     return f"http://{shown}:{port}"
 
 
-def run_app(app: FastAPI, listener: socket.socket, *, access_log: bool = False) -> None:
-    """Serve until Ctrl-C or SIGTERM; requests under way get five seconds to end."""
+def run_app(app: FastAPI, listener: socket.socket, *, access_log: bool = False, drain_seconds: float = 30.0) -> None:
+    """Serve until Ctrl-C or SIGTERM. Then new requests are answered 503, those under way may end, and the server is
+    gone when the last has ended or drain_seconds are over. A second signal ends it at once."""
     uvicorn = require("uvicorn", "serve")
+    gate: Gate = app.state.gate
+
+    class DrainingServer(uvicorn.Server):
+        deadline: float | None = None
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            if self.deadline is None and drain_seconds > 0 and gate.open:
+                gate.closed = True
+                self.deadline = time.monotonic() + drain_seconds
+            else:
+                self.should_exit = True  # and nothing is raised again: the engines are to be closed in order
+
+        async def on_tick(self, counter: int) -> bool:
+            if self.deadline is not None and (not gate.open or time.monotonic() > self.deadline):
+                self.should_exit = True
+            return await super().on_tick(counter)
+
     config = uvicorn.Config(
-        app, log_level="info" if access_log else "warning", access_log=access_log, timeout_graceful_shutdown=5
+        app, log_level="info" if access_log else "warning", access_log=access_log, timeout_graceful_shutdown=2
     )
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is how a server is meant to end
-        uvicorn.Server(config).run(sockets=[listener])
+        DrainingServer(config).run(sockets=[listener])

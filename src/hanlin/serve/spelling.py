@@ -6,10 +6,11 @@ beginning of a stop string is held back, and end tokens have no text at all.
 
 import codecs
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from hanlin.engine import TokenLogprob
+from hanlin.engine import Completion, Event, SamplingParams, TokenLogprob
+from hanlin.engine.text import TextStream
 from hanlin.tokens import Tokenizer
 
 
@@ -21,18 +22,18 @@ class Placed(NamedTuple):
 
 
 class Ruler:
-    """Measures, token after token, where in the text each begins."""
+    """Measures, token after token, where in the text each begins. silent: tokens without text; the special ones."""
 
-    def __init__(self, tokenizer: Tokenizer, start: int = 0) -> None:
+    def __init__(self, tokenizer: Tokenizer, start: int = 0, *, silent: Collection[int] | None = None) -> None:
         self._tokenizer = tokenizer
-        self._silent = frozenset(tokenizer.special.values())  # special tokens have no text
+        self.silent = frozenset(tokenizer.special.values() if silent is None else silent)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.position = start  # characters spelt completely so far
 
     def place(self, token: int) -> int:
         """Where this token, the next one, begins."""
         start = self.position
-        if token not in self._silent:
+        if token not in self.silent:
             self.position += len(self._decoder.decode(self._tokenizer.token_bytes(token)))
         return start
 
@@ -44,9 +45,9 @@ class Speller:
     tokens' bytes spell the text that was sent; special tokens and what lies behind a stop string never leave.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._silent = frozenset(tokenizer.special.values())
-        self._ruler = Ruler(tokenizer)
+    def __init__(self, tokenizer: Tokenizer, *, silent: Collection[int] | None = None) -> None:
+        self._ruler = Ruler(tokenizer, silent=silent)
+        self._silent = self._ruler.silent
         self._sent = 0
         self._waiting: deque[Placed] = deque()
 
@@ -58,6 +59,43 @@ class Speller:
         while self._waiting and self._waiting[0].start < self._sent:
             due.append(self._waiting.popleft())
         return due
+
+
+class Transcript:
+    """The text of one completion, event after event: the engine's own, or the one with special tokens spelt out.
+
+    The engine's text has no special tokens. Where some are to be seen (skip_special_tokens false; formats of calls that
+    are made of them), the text is spelt anew from the ids with the same stop strings; an end token is no part of it.
+
+    shown: special tokens to be spelt out. silent: those that are not.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, *, shown: Collection[int] = ()) -> None:
+        self._tokenizer, self._params = tokenizer, params
+        self._anew = bool(shown)
+        self.silent = frozenset(tokenizer.special.values()) - frozenset(shown)
+        self._stream = TextStream(params.stop, include=params.include_stop)
+        self._count = 0
+
+    def push(self, event: Event) -> str:
+        """The text that this event adds."""
+        if not self._anew:
+            return event.text
+        tokens = event.token_ids
+        if event.completion is not None:
+            tokens = event.completion.token_ids[self._count :]
+            if event.completion.finish_reason == "stop" and isinstance(event.completion.stop, int):
+                tokens = tokens[:-1]
+        text = ""
+        for token in tokens:
+            self._count += 1
+            piece = b"" if token in self.silent else self._tokenizer.token_bytes(token)
+            text += self._stream.push(piece, watch=self._count >= self._params.min_tokens)
+        return text + (self._stream.finish() if event.completion is not None else "")
+
+    def whole(self, completion: Completion) -> str:
+        """The text of a completion in one go."""
+        return self.push(Event(completion.text, completion.token_ids, None, completion.index, completion))
 
 
 def spell(token: bytes) -> str:

@@ -1,7 +1,7 @@
 """Server-sent events over a `Generation`, and how a route with a hand-read body stands in the OpenAPI schema."""
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fastapi.responses import StreamingResponse
@@ -16,13 +16,25 @@ log = logging.getLogger("hanlin.serve")
 
 
 class StreamedAnswer(StreamingResponse):
-    """Sends chunks, then [DONE]; a failure on the way is a data line with the error. However it ends, by the client's
-    leaving too, the generation's places in the engine are free afterwards."""
+    """Sends chunks, then the end; a failure on the way is a data line with the error. However it ends, by the client's
+    leaving too, the generation's places in the engine are free afterwards.
+
+    failed: an error object as this interface streams it.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: AsyncIterator[bytes], generation: Generation) -> None:
-        super().__init__(_guarded(chunks), headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+    def __init__(
+        self,
+        chunks: AsyncIterator[bytes],
+        generation: Generation,
+        *,
+        end: bytes = DONE,
+        failed: Callable[[dict[str, Any]], bytes] = server_sent_event,
+    ) -> None:
+        super().__init__(
+            _guarded(chunks, end, failed), headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        )
         self._generation = generation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -32,7 +44,9 @@ class StreamedAnswer(StreamingResponse):
             self._generation.abort()
 
 
-async def _guarded(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def _guarded(
+    chunks: AsyncIterator[bytes], end: bytes, failed: Callable[[dict[str, Any]], bytes]
+) -> AsyncIterator[bytes]:
     try:
         async for chunk in chunks:
             yield chunk
@@ -40,9 +54,10 @@ async def _guarded(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         status, body = describe_error(error)
         if status >= 500:
             log.exception("A stream failed.")
-        yield server_sent_event(body)
+        yield failed(body)
         return
-    yield DONE
+    if end:
+        yield end
 
 
 def describe_body(kind: type[BaseModel]) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from hanlin.serve.access import same_key
 from hanlin.studio.words import Language, preferred_language, say
 
 COOKIE = "hanlin_door"
-INTERFACE = {"/health", "/metrics", "/version", "/tokenize", "/detokenize", "/openapi.json"}
+SMALL = {"/health", "/ping", "/metrics", "/version", "/openapi.json"}
+INTERFACE = {*SMALL, "/tokenize", "/detokenize", "/rerank", "/score"}
 WRONG_KEY_PAUSE = 0.5  # seconds: guessing is slow
 STYLE = Path(__file__).with_name("door.css")
 

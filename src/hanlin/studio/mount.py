@@ -21,6 +21,8 @@ SEAL = (
     '<text x="32" y="47" font-size="42" text-anchor="middle" fill="#fff8ef" '
     'font-family="Noto Serif CJK SC,Songti SC,SimSun,serif" font-weight="700">翰</text></svg>'
 )
+# Whatever a page shows, the browser fetches nothing for it from anywhere else (NiceGUI needs inline scripts and eval).
+POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; form-action 'self'; base-uri 'self'"
 STYLE = Path(__file__).with_name("chat.css")
 
 
@@ -28,6 +30,7 @@ def mount_chat(app: FastAPI, models: Sequence[ChatModel], *, api_key: str | None
     """Add the page to an app made by `serve.create_app`. Once a process: NiceGUI keeps its pages in one place."""
 
     async def chat_page(request: Request) -> None:
+        ui.add_head_html(f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">')
         ui.add_css(STYLE)
         ui.colors(primary="#b3382c")
         wanted = request.cookies.get("hanlin_language")

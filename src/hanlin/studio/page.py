@@ -6,32 +6,31 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from nicegui import background_tasks, ui
 
 from hanlin.core.errors import HanlinError
 from hanlin.engine import Busy
-from hanlin.serve.generation import Generation
+from hanlin.serve.generation import Generation, Manner
 from hanlin.serve.metrics import ModelMetrics
+from hanlin.studio.answer import Answer, TooLongError, fit
 from hanlin.studio.answer_view import AnswerView
-from hanlin.studio.chat_model import ChatModel
-from hanlin.studio.conversation import Answer, Exchange, TooLongError, fit
-from hanlin.studio.rendering import render_alternatives
+from hanlin.studio.chat_model import ChatModel, with_adapters
+from hanlin.studio.conversation import Conversation, Turn
+from hanlin.studio.pager import build_icon
+from hanlin.studio.portable import Talk
+from hanlin.studio.question_view import ENTER, QuestionView
+from hanlin.studio.rendering import SHEET
+from hanlin.studio.saving import build_entries, build_upload
 from hanlin.studio.settings import Settings, build_settings
+from hanlin.studio.token_card import TokenCard
 from hanlin.studio.words import Language, choose, say
 
 log = logging.getLogger("hanlin.studio")
 
 REFRESH = 0.06  # seconds between two updates of a growing answer
 COOKIE_AGE = 365 * 24 * 3600
-
-# Enter sends, Shift+Enter breaks the line; while an input method composes a word, Enter belongs to it.
-ENTER = """(event) => {
-  if (event.key === "Escape") emit(null);
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
-  event.preventDefault();
-  emit(event.target.value);
-}"""
 
 # Keep the cursor in the input, but raise no keyboard on a phone.
 FOCUS = "if (matchMedia('(hover: hover)').matches) document.querySelector('.hl-field textarea')?.focus()"
@@ -45,15 +44,15 @@ class ChatPage:
     def __init__(
         self, models: Sequence[ChatModel], language: Language, *, metrics: Mapping[str, ModelMetrics] | None = None
     ) -> None:
-        self.models = {model.name: model for model in models}
-        self.model = models[0]
+        self.offers = {model.label: model for model in with_adapters(models)}
+        self.models = [models[0]]  # of the columns: one, or two side by side
         self.language: Language = language
-        self.settings = Settings(self.model.sampling)
-        self.exchanges: list[Exchange] = []
+        self.settings = Settings(models[0].sampling)
+        self.talk: Talk = Conversation()
         self._metrics = metrics or {}
         self._answering = self._stopping = False
-        self._generation: Generation | None = None
-        self._view: AnswerView | None = None  # of the last answer
+        self._generations: list[Generation] = []
+        self._views: dict[Answer, AnswerView] = {}
 
     def build(self, *, dark: bool | None) -> None:
         """Put the page into the current client."""
@@ -64,9 +63,8 @@ class ChatPage:
         with self._drawer:
             self._drawer_body = ui.element("div").classes("hl-drawer-body")
         self._shell = ui.element("div").classes("hl-shell")
-        self._card = ui.element("div").classes("hl-card").props('role="tooltip"')
-        with self._card:
-            self._card_body = ui.html("", sanitize=False)
+        self._card = TokenCard()
+        build_upload(lambda: self.language, self._open)
         ui.context.client.on_delete(self.stop)
         self._fill()
 
@@ -74,7 +72,9 @@ class ChatPage:
 
     def _fill(self) -> None:
         self._shell.clear()
-        self._hide_card()
+        self._card.hide()
+        copy, copied = (json.dumps(self._say(key), ensure_ascii=False) for key in ("copy", "copied"))
+        self._shell.style(replace=f"--copy:{copy};--copied:{copied}")  # the words on the buttons of code blocks
         with self._shell:
             self._build_header()
             self._build_scroller()
@@ -91,7 +91,9 @@ class ChatPage:
             build_settings(
                 self.settings,
                 self.language,
-                context=self.model.engine.max_context,
+                context=self.models[0].engine.max_context,
+                system=self.talk.system,
+                on_system=self._set_system,
                 on_colour=self._set_coloured,
                 on_reset=self._reset,
             )
@@ -100,41 +102,51 @@ class ChatPage:
         with ui.element("header").classes("hl-header"):
             ui.element("div").classes("hl-seal").props('aria-hidden="true"')
             ui.label(self._say("title")).classes("hl-title")
-            if len(self.models) > 1:
-                ui.select(
-                    list(self.models), value=self.model.name, on_change=lambda event: self._choose_model(event.value)
-                ).props(f'dense borderless options-dense aria-label="{self._say("model")}"').classes("hl-model")
-            else:
-                ui.label(self.model.name).classes("hl-model-name")
+            with ui.element("div").classes("hl-models" + (" two" if len(self.models) > 1 else "")):
+                if len(self.offers) == 1:
+                    ui.label(self.models[0].label).classes("hl-model-name")
+                else:
+                    for column, key in enumerate(("model", "second_model")[: len(self.models)]):
+                        self._build_choice(column, key)
             ui.element("div").classes("hl-space")
             self._icon_button("add_comment", "new", self._clear)
-            if self.model.card:
-                self._icon_button("info_outline", "about", self._show_about).classes("hl-wide")
+            if len(self.offers) > 1:
+                compare = self._icon_button("vertical_split", "compare", self._compare)
+                compare.classes("on" if len(self.models) > 1 else "")
             self._icon_button("translate", "language", self._switch_language)
             contrast = self._icon_button("contrast", "dark")
             contrast.on("click", lambda event: self._set_dark(not event.args), js_handler=IS_DARK)
+            more = build_icon("more_vert", self._say("more"), None, small=False, tip=False)  # a tip would hide the menu
+            with more.classes("hl-icon"), ui.menu():
+                if self.models[0].card:
+                    ui.menu_item(self._say("about"), self._show_about)
+                build_entries(self.language, lambda: self.talk)
             self._icon_button("tune", "settings", self._drawer.toggle)
 
+    def _build_choice(self, column: int, key: str) -> None:
+        ui.select(
+            list(self.offers),
+            value=self.models[column].label,
+            on_change=lambda event: self._choose_model(column, event.value),
+        ).props(f'dense borderless options-dense aria-label="{self._say(key)}"').classes("hl-model")
+
     def _build_scroller(self) -> None:
-        with ui.element("main").classes("hl-scroller").on("scroll", self._hide_card, args=[], throttle=0.1):
+        with ui.element("main").classes("hl-scroller").on("scroll", self._card.hide, args=[], throttle=0.1):
             self._list = ui.element("div").classes("hl-list")
             self._list.classes(add="coloured" if self.settings.coloured else "")
-        with self._list:
-            if not self.exchanges:
-                self._build_welcome()
-            for exchange in self.exchanges:
-                self._build_exchange(exchange)
+            self._list.classes(add="two" if len(self.models) > 1 else "")
+        self._rebuild_list()
 
     def _build_welcome(self) -> None:
         with ui.element("div").classes("hl-welcome") as self._welcome:
             ui.element("div").classes("hl-seal large").props('aria-hidden="true"')
             ui.label(self._say("greeting")).classes("hl-greeting")
-            card = choose(self.model.card, self.language)
+            card = choose(self.models[0].card, self.language)
             if card:
                 with ui.element("section").classes("hl-about"):
                     ui.label(self._say("about")).classes("hl-heading")
                     ui.markdown(card)
-            examples = choose(self.model.examples, self.language)
+            examples = choose(self.models[0].examples, self.language)
             if examples:
                 ui.label(self._say("try")).classes("hl-heading center")
                 with ui.element("div").classes("hl-chips"):
@@ -143,25 +155,39 @@ class ChatPage:
                             "flat no-caps"
                         ).classes("hl-chip")
 
-    def _build_exchange(self, exchange: Exchange) -> None:
-        last = exchange is self.exchanges[-1]
-        with ui.element("div").classes("hl-question-row"):
-            ui.label(exchange.question).classes("hl-question")
-        view = AnswerView(
-            exchange.answer,
+    def _build_turn(self, depth: int, turn: Turn[Answer], variant: tuple[int, int]) -> None:
+        QuestionView(
+            turn.question,
             self.language,
-            context=self.model.engine.max_context,
-            on_point=self._point,
-            on_again=self._again if last else None,
+            variant=variant,
+            on_show=lambda index: self._show(self.talk.show_question(depth, index)),
+            on_edit=lambda text: self._ask(text, depth),
         )
-        if last:
-            self._view = view
+        columns = [column for column in range(len(self.models)) if turn.answer(column) is not None]
+        with ui.element("div").classes("hl-answers"):
+            for column in columns:
+                self._build_answer(depth, turn, column)
+
+    def _build_answer(self, depth: int, turn: Turn[Answer], column: int) -> None:
+        answer, model = turn.answers[column][turn.shown[column]], self.models[column]
+        self._views[answer] = AnswerView(
+            answer,
+            self.language,
+            context=model.engine.max_context,
+            title=answer.model if len(self.models) > 1 or answer.model != model.label else "",
+            variant=(turn.shown[column], len(turn.answers[column])),
+            on_point=self._point,
+            on_again=lambda: self._again(depth, column),
+            on_show=lambda index: self._show(self.talk.show_answer(depth, column, index)),
+        )
 
     def _build_composer(self) -> None:
         with ui.element("footer").classes("hl-composer"):
             with ui.element("div").classes("hl-box"):
                 self._input = (
-                    ui.textarea(placeholder=self._say("placeholder", name=self.model.name))
+                    ui.textarea(
+                        placeholder=self._say("placeholder", name=" · ".join(model.label for model in self.models))
+                    )
                     .props('borderless autogrow dense autofocus input-class="hl-input" rows=1')
                     .classes("hl-field")
                 )
@@ -179,13 +205,7 @@ class ChatPage:
             ui.label(self._say("footnote")).classes("hl-footnote")
 
     def _icon_button(self, icon: str, key: str, action: Callable[[], object] | None = None) -> ui.button:
-        label = self._say(key)
-        return (
-            ui.button(icon=icon, on_click=action, color=None)
-            .props(f'flat round dense aria-label="{label}"')
-            .classes("hl-icon")
-            .tooltip(label)
-        )
+        return build_icon(icon, self._say(key), action, small=False).classes("hl-icon")
 
     def _say(self, key: str, **values: object) -> str:
         return say(key, self.language, **values)
@@ -199,40 +219,59 @@ class ChatPage:
             return
         self._input.value = ""
         ui.run_javascript(FOCUS)
-        self.exchanges.append(Exchange(question, Answer(self.model.engine.tokenizer)))
-        await self._answer()
+        await self._ask(question)
 
-    async def _again(self) -> None:
-        if self.exchanges and not self._answering:
-            self.exchanges[-1].answer = Answer(self.model.engine.tokenizer)
-            await self._answer()
+    async def _ask(self, question: str, depth: int | None = None) -> None:
+        """A question at the end, or in place of an earlier one, to the model of each column."""
+        if self._answering:
+            return
+        self.talk = self.talk.ask(question, depth)
+        await self._answer(len(self.talk.path()) - 1, range(len(self.models)))
 
-    async def _answer(self) -> None:
-        """Let the model write the last answer, and show it while it comes."""
-        answer, model = self.exchanges[-1].answer, self.model
+    async def _again(self, depth: int, column: int) -> None:
+        if not self._answering:
+            await self._answer(depth, [column])
+
+    async def _answer(self, depth: int, columns: Sequence[int]) -> None:
+        """Let the models write an answer each, all at once, and show them while they come."""
+        answers: list[Answer] = []
+        for column in columns:
+            model = self.models[column]
+            answers.append(Answer(model.label, model.engine.tokenizer))
+            self.talk = self.talk.add_answer(depth, column, answers[-1])
         self._answering, self._stopping = True, False
         self._rebuild_list()
         self._show_running()
         try:
+            heard = [self.talk.messages(column, depth) for column in columns]
+            models = [self.models[column] for column in columns]
+            await asyncio.gather(*(self._write(*each) for each in zip(answers, models, heard, strict=True)))
+        finally:
+            self._generations, self._answering = [], False
+            self._show_running()
+
+    async def _write(self, answer: Answer, model: ChatModel, messages: list[dict[str, str]]) -> None:
+        try:
             fitted = await asyncio.to_thread(
                 fit,
-                list(self.exchanges),
-                system=self.settings.system,
+                messages,
                 chat=model.engine.tokenizer.chat,
                 context=model.engine.max_context,
                 max_tokens=self.settings.sampling.max_tokens,
             )
             answer.forgot = fitted.forgot
             metrics = self._metrics.get(model.name)
-            self._generation = Generation(
+            generation = Generation(
                 model.engine,
                 [fitted.ids],
                 self.settings.params(max_tokens=fitted.max_tokens),
                 watch=metrics.watch() if metrics else None,
+                manner=Manner(adapter=model.adapter),
             )
+            self._generations.append(generation)
             if self._stopping:  # asked for while the prompt was being prepared
-                self._generation.abort()
-            await self._follow(answer, self._generation)
+                generation.abort()
+            await self._follow(answer, generation)
         except TooLongError as error:
             answer.notice = self._say("too_long", n=model.engine.max_context, needed=error.needed)
         except Busy:
@@ -243,25 +282,30 @@ class ChatPage:
             log.exception("An answer failed.")
             answer.notice = self._say("failed")
         finally:
-            self._generation, self._answering = None, False
-            self._show_running()
-            if self._view is not None:
-                self._view.refresh()
+            self._refresh(answer)
 
     async def _follow(self, answer: Answer, generation: Generation) -> None:
-        shown = 0.0
-        async with contextlib.aclosing(generation.events()) as events:
-            async for _, event in events:
+        next_time = 0.0
+        async with contextlib.aclosing(generation.events()) as coming:
+            async for _, event in coming:
                 answer.add(event)
-                if time.monotonic() - shown >= REFRESH and self._view is not None:
-                    self._view.refresh()
-                    shown = time.monotonic()
+                if time.monotonic() >= next_time:
+                    size = self._refresh(answer)
+                    next_time = time.monotonic() + REFRESH * max(1.0, size / SHEET)
+
+    def _refresh(self, answer: Answer) -> int:
+        """Show an answer as it is now, if it is on the page; how many characters that sent."""
+        view = self._views.get(answer)
+        if view is None:
+            return 0
+        view.refresh()
+        return view.open_characters
 
     def stop(self) -> None:
-        """End the answer that is under way; what there is of it stays."""
+        """End the answers that are under way; what there is of them stays."""
         self._stopping = True
-        if self._generation is not None:
-            self._generation.abort()
+        for generation in self._generations:
+            generation.abort()
 
     # -- what the visitor does besides ---------------------------------------------------------------------------------
 
@@ -276,19 +320,37 @@ class ChatPage:
             await self.send(text)
 
     def _clear(self) -> None:
+        self._show(Conversation(self.talk.system))
+
+    def _show(self, talk: Talk) -> None:
+        """Another conversation, or another path through this one."""
         self.stop()
-        self.exchanges = []
-        self._view = None
+        self.talk = talk
         self._rebuild_list()
 
-    def _choose_model(self, name: str) -> None:
+    def _set_system(self, system: str) -> None:
+        self.talk = replace(self.talk, system=system)
+
+    def _choose_model(self, column: int, name: str) -> None:
         self.stop()
-        self.model = self.models[name]
-        self.settings.sampling = self.model.sampling
+        self.models[column] = self.offers[name]
+        if column == 0:
+            self.settings.sampling = self.models[0].sampling
         self._fill()
 
+    def _compare(self) -> None:
+        """A second column, or one again."""
+        self.stop()
+        others = [model for model in self.offers.values() if model is not self.models[0]]
+        self.models = [self.models[0], *others[:1]] if len(self.models) == 1 else self.models[:1]
+        self._fill()
+
+    def _open(self, talk: Talk) -> None:
+        self._show(talk)
+        self._fill_drawer()  # the system prompt
+
     def _reset(self) -> None:
-        self.settings.sampling = self.model.sampling
+        self.settings.sampling = self.models[0].sampling
         self._fill_drawer()
 
     def _set_coloured(self, coloured: bool) -> None:
@@ -312,35 +374,26 @@ class ChatPage:
     def _show_about(self) -> None:
         with self._shell, ui.dialog(value=True) as dialog, ui.element("section").classes("hl-about dialog"):
             ui.label(self._say("about")).classes("hl-heading")
-            ui.markdown(choose(self.model.card, self.language))
+            ui.markdown(choose(self.models[0].card, self.language))
         dialog.on("hide", dialog.delete)
 
     # -- showing -------------------------------------------------------------------------------------------------------
 
     def _rebuild_list(self) -> None:
-        self._hide_card()
+        self._card.hide()
+        self._views = {}
         self._list.clear()
         with self._list:
-            if not self.exchanges:
+            forks = self.talk.forks()[:-1]
+            if not forks:
                 self._build_welcome()
-            for exchange in self.exchanges:
-                self._build_exchange(exchange)
+            for depth, fork in enumerate(forks):
+                self._build_turn(depth, fork.turn, (fork.shown, len(fork.turns)))
 
     def _show_running(self) -> None:
         self._send.set_visibility(not self._answering)
         self._stop.set_visibility(self._answering)
+        self._list.classes(add="busy" if self._answering else "", remove="" if self._answering else "busy")
 
     def _point(self, answer: Answer, where: dict[str, float] | None) -> None:
-        """Show the card of the token under the pointer: below it, or above where there is no room below."""
-        if where is None or not 0 <= where["i"] < len(answer.pieces):
-            self._hide_card()
-            return
-        piece = answer.pieces[int(where["i"])]
-        self._card_body.set_content(render_alternatives(piece, answer.tokenizer, self._say("probability_note")))
-        below = where["bottom"] + 250 < where["height"]
-        vertical = f"top:{where['bottom'] + 6:.0f}px" if below else f"bottom:{where['height'] - where['top'] + 6:.0f}px"
-        self._card.style(replace=f"left:clamp(8px, {where['left'] - 24:.0f}px, calc(100vw - 276px));{vertical}")
-        self._card.classes(add="shown")
-
-    def _hide_card(self) -> None:
-        self._card.classes(remove="shown")
+        self._card.show(answer, where, self._say("probability_note"))

@@ -1,25 +1,22 @@
-"""Answers as HTML: every token a span that can be pointed at, coloured by its probability, with light Markdown.
+"""Answers as HTML: Markdown in which every token is a span that can be pointed at, coloured by its probability.
 
-Nothing of the text is hidden: the marks of Markdown stay, so that each token is there to be looked at and copying gives
-exactly what the model wrote.
+What only marks is there too, in spans that the page hides until the tokens are coloured: then each token must be seen.
 """
 
 import html
 import math
-import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
 from hanlin.engine import TokenLogprob
-from hanlin.studio.conversation import Piece
+from hanlin.studio.answer import Piece
+from hanlin.studio.markdown import Stretch, Tag, find_cuts, read_markdown
 from hanlin.tokens import Tokenizer
 
 SHEET = 1500  # characters
+GROWING_CODE = 4000  # characters of a block that are highlighted again with every token
 SHADES = (0.9, 0.7, 0.5, 0.3, 0.15, 0.05, 0.01)  # probability at or above the first bound: shade 0, no colour
-INLINE = re.compile(r"(?P<code>`[^`\n]+`)|(?P<bold>\*\*[^*\n]+\*\*)|(?P<heading>^#{1,6} [^\n]*)", re.MULTILINE)
-FENCE = re.compile(r"^```[^\n]*\n?", re.MULTILINE)
-
-Styled = tuple[int, int, str]  # from, to, class
+CARET = '<span class="hl-caret"></span>'
 
 
 def shade(probability: float) -> int:
@@ -27,54 +24,50 @@ def shade(probability: float) -> int:
     return sum(probability < bound for bound in SHADES)
 
 
-def find_styles(text: str, begin: int = 0, end: int | None = None) -> Iterator[Styled]:
-    """Cut a text into stretches, each with its look: '', 'fence', 'code', 'bold' or 'heading'."""
-    end = len(text) if end is None else end
-    fences = [match.span() for match in FENCE.finditer(text, begin, end)]
-    for opening in range(0, len(fences), 2):
-        top = fences[opening][0]
-        bottom = fences[opening + 1][1] if opening + 1 < len(fences) else end
-        yield from _find_inline(text, begin, top)
-        yield top, bottom, "fence"
-        begin = bottom
-    yield from _find_inline(text, begin, end)
-
-
 def find_sheet_end(text: str, begin: int) -> int | None:
-    """Where a growing text can be cut for good: after a line outside of code, once enough stands behind `begin`."""
+    """Where a growing text can be cut for good, once enough stands behind `begin`: at the last end of a block."""
     if len(text) - begin < SHEET:
         return None
-    ends = [text.rfind("\n", low, high) + 1 for low, high, look in find_styles(text, begin) if not look]
-    return max((end for end in ends if begin < end < len(text)), default=None)
+    return max((cut for cut in find_cuts(text, begin) if cut > begin), default=None)
 
 
-def _find_inline(text: str, begin: int, end: int) -> Iterator[Styled]:
-    for match in INLINE.finditer(text, begin, end):
-        if match.start() > begin:
-            yield begin, match.start(), ""
-        yield match.start(), match.end(), match.lastgroup or ""
-        begin = match.end()
-    if begin < end:
-        yield begin, end, ""
+def render_answer(
+    text: str, pieces: Sequence[Piece], *, begin: int = 0, end: int | None = None, growing: bool = False
+) -> str:
+    """The text, or a part of it, with a span for each piece: `data-i` is the piece's number, `s0` … `s7` its shade.
 
-
-def render_answer(text: str, pieces: Sequence[Piece], *, begin: int = 0, end: int | None = None) -> str:
-    """The text, or a part of it, with a span for each piece: `data-i` is the piece's number, `s0` … `s7` its shade."""
+    growing: with the cursor behind the last character.
+    """
     starts = [piece.start for piece in pieces]
-    out: list[str] = []
-    for low, high, look in find_styles(text, begin, end):
-        out.append(f'<span class="md-{look}">' if look else "")
-        number = max(bisect_right(starts, low) - 1, 0)
-        while low < high and number < len(pieces):
-            stop = min(high, starts[number + 1] if number + 1 < len(pieces) else len(text))
-            if stop > low:
-                spot = f'class="t s{shade(pieces[number].probability)}" data-i="{number}"'
-                out.append(f"<span {spot}>{html.escape(text[low:stop])}</span>")
-                low = stop
-            number += 1
-        out.append(html.escape(text[low:high]))  # text without tokens: an answer that was not scored
-        out.append("</span>" if look else "")
+    items = list(read_markdown(text, begin, end, **({"code": GROWING_CODE} if growing else {})))
+    last = max((n for n, item in enumerate(items) if isinstance(item, Stretch) and item.look != "mark"), default=-1)
+    out: list[str] = [CARET] if growing and last < 0 else []
+    for number, item in enumerate(items):
+        if isinstance(item, Tag):
+            out.append(item.markup)
+            continue
+        out.append(f'<span class="md-{item.look}">' if item.look else "")
+        out.extend(_render_tokens(text, item.low, item.high, pieces, starts))
+        out.append("</span>" if item.look else "")
+        if growing and number == last:
+            out.append(CARET)
     return "".join(out)
+
+
+def _render_tokens(text: str, low: int, high: int, pieces: Sequence[Piece], starts: Sequence[int]) -> Iterator[str]:
+    number = max(bisect_right(starts, low) - 1, 0)
+    while low < high and number < len(pieces):
+        stop = min(high, starts[number + 1] if number + 1 < len(pieces) else len(text))
+        if stop > low:
+            spot = f'class="t s{shade(pieces[number].probability)}" data-i="{number}"'
+            yield f"<span {spot}>{_escape(text[low:stop])}</span>"
+            low = stop
+        number += 1
+    yield _escape(text[low:high])  # text without tokens: an answer that was not scored
+
+
+def _escape(text: str) -> str:
+    return html.escape(text).replace("\0", "\ufffd")  # a browser would drop the character, and its token with it
 
 
 def render_alternatives(piece: Piece, tokenizer: Tokenizer, note: str) -> str:

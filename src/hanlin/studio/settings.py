@@ -1,4 +1,4 @@
-"""The drawer: system prompt, sampling controls with an explanation each, colours."""
+"""The drawer: the system prompt of the conversation, sampling controls with an explanation each, colours."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,7 +17,6 @@ class Settings:
     """What the visitor chose."""
 
     sampling: SamplingParams
-    system: str = ""
     coloured: bool = False
 
     def change(self, **values: object) -> None:
@@ -43,6 +42,8 @@ def build_settings(
     language: Language,
     *,
     context: int,
+    system: str,
+    on_system: Callable[[str], object],
     on_colour: Callable[[bool], object],
     on_reset: Callable[[], object],
 ) -> None:
@@ -50,9 +51,9 @@ def build_settings(
     with ui.element("section").classes("hl-group"):
         _heading("system", language, hint="system_hint")
         ui.textarea(
-            value=settings.system,
+            value=system,
             placeholder=say("system_placeholder", language),
-            on_change=lambda event: setattr(settings, "system", (event.value or "").strip()),
+            on_change=lambda event: on_system((event.value or "").strip()),
         ).props("outlined dense autogrow").classes("hl-system")
     with ui.element("section").classes("hl-group"):
         with ui.element("div").classes("hl-heading-row"):

@@ -146,6 +146,11 @@ class Tokenizer:
         """Whether there is a chat template."""
         return self._files.chat_template is not None
 
+    @property
+    def chat_template(self) -> str | None:
+        """The template itself (Jinja), for those who ask which variables it reads."""
+        return self._files.chat_template
+
     @cached_property
     def size(self) -> int:
         """Number of ids, special tokens included."""

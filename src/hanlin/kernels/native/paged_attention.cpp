@@ -100,7 +100,8 @@ __attribute__((noinline)) float weigh(float* scores, W* weights, int64_t columns
         return 1.0f;
     }
     if (cap) {
-        for (int64_t i = 0; i < columns; i += LANES) store(scores + i, soft_cap(load(scores + i) * factor, cap) * LOG2E);
+        for (int64_t i = 0; i < columns; i += LANES)
+            store(scores + i, soft_cap(load(scores + i) * factor, cap) * LOG2E);
         factor = 1.0f;
     }
     for (int64_t i = 0; i < columns; i += LANES)
@@ -120,7 +121,6 @@ __attribute__((noinline)) float weigh(float* scores, W* weights, int64_t columns
     const float shrink = before == now || before == NOTHING ? 1.0f : std::exp2(before - now);
     top = now;
     total = total * shrink + sum(mass);
-    if (now == NOTHING) total = NAN;  // no score is a number
     return shrink;
 }
 
@@ -192,7 +192,8 @@ class Worker {
         for (int64_t p = u.from; p < u.to; p++) {
             if (u.partial) piece = State(u.partial + (p - u.from) * room, u.rows, n.wide_v);
             piece.clear(u.rows, n.wide_v);
-            for (const int64_t stop = std::min(end, (p + 1) * PIECE); block < stop; block += KEYS, std::swap(now, then)) {
+            const int64_t stop = std::min(end, (p + 1) * PIECE);
+            for (; block < stop; block += KEYS, std::swap(now, then)) {
                 const bool more = block + KEYS < end;
                 if (more) find(block + KEYS, begin, end, *then);
                 products.take_block(*now, more ? then : nullptr);
@@ -250,27 +251,39 @@ void attend(const void* given, int part) {
 }
 
 template <class T>
-void write_all(const Layer& l, const T* k, int64_t k_stride, const T* v, int64_t v_stride, T* keys, T* values) {
+void write(const void* given, int head) {
+    const Job<T>& job = *(const Job<T>*)given;
+    const Layer& l = *job.layer;
     const int64_t D = l.width, V = l.value_width;
     for (int64_t i = 0; i < l.count; i++) {
         const Sequence& s = l.sequences[i];
         for (int64_t t = 0; t < s.count; t++) {
-            const int64_t key = s.start + t, page = l.pages[s.table + key / l.page], place = key % l.page;
-            for (int64_t head = 0; head < l.kv_heads; head++) {
-                memcpy(keys + page * l.keys_page + (head * l.page + place) * D,
-                       k + (s.token + t) * k_stride + head * D, D * sizeof(T));
-                if (v)
-                    memcpy(values + page * l.values_page + (head * l.page + place) * V,
-                           v + (s.token + t) * v_stride + head * V, V * sizeof(T));
-            }
+            const int64_t key = s.start + t, page = l.pages[s.table + key / l.page];
+            const int64_t place = head * l.page + key % l.page, token = s.token + t;
+            memcpy(job.keys + page * l.keys_page + place * D, job.k + token * job.k_stride + head * D, D * sizeof(T));
+            if (job.v)
+                memcpy(job.values + page * l.values_page + place * V, job.v + token * job.v_stride + head * V,
+                       V * sizeof(T));
         }
     }
+}
+
+// All is written before any of it is read: a sequence may read pages that another one fills in this very step.
+template <class T>
+void write_all(const Job<T>& job) {
+    const Layer& l = *job.layer;
+    int64_t tokens = 0;
+    for (int64_t i = 0; i < l.count; i++) tokens += l.sequences[i].count;
+    const int heads = int(l.kv_heads);
+    if (tokens * heads * (l.width + l.value_width) * int64_t(sizeof(T)) >= LARGE)
+        return share(write<T>, &job, heads, true);
+    for (int head = 0; head < heads; head++) write<T>(&job, head);
 }
 
 template <class T>
 void attend_all(Job<T> job) {
     const Layer& l = *job.layer;
-    write_all(l, job.k, job.k_stride, job.v, job.v_stride, job.keys, job.values);
+    write_all(job);
     static thread_local std::vector<Unit> units, divided;
     static thread_local std::vector<float> partials;
     units.clear();
@@ -322,7 +335,7 @@ extern "C" {
 #define HANLIN_PAGED(NAME, T)                                                                                         \
     void hanlin_paged_write_##NAME(const Layer* l, const T* k, int64_t k_stride, const T* v, int64_t v_stride,        \
                                    T* keys, T* values) {                                                              \
-        write_all(*l, k, k_stride, v, v_stride, keys, values);                                                        \
+        write_all(Job<T>{l, k, k, v, 0, k_stride, v_stride, keys, values, nullptr, nullptr, nullptr, nullptr});       \
     }                                                                                                                 \
     void hanlin_paged_attend_##NAME(const Layer* l, const T* q, int64_t q_stride, const T* k, int64_t k_stride,       \
                                     const T* v, int64_t v_stride, T* keys, T* values, const float* sinks, float* lse, \

@@ -38,10 +38,11 @@ struct Sizes {
     int64_t wide = whole(width), wide_v = whole(value_width);
 };
 
-// `bytes` from a place are soon read, or none from null. Pages lie anywhere, which the CPU does not foresee.
+// `bytes` from a place are soon read, or none from null. Pages lie anywhere, which the CPU does not foresee. Into the
+// second cache: a block of keys and values is larger than the first.
 inline void expect(const void* from, int64_t bytes) {
     if (from)
-        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)from + i, 0, 3);
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)from + i, 0, 2);
 }
 
 template <int S>
@@ -139,7 +140,8 @@ class Vectors {
         int64_t column = 0;
         for (; column + C * LANES <= n.value_width; column += C * LANES) add<R, C>(weights, low, high, column, sums);
         if constexpr (C > 4)
-            for (; column + 4 * LANES <= n.value_width; column += 4 * LANES) add<R, 4>(weights, low, high, column, sums);
+            for (; column + 4 * LANES <= n.value_width; column += 4 * LANES)
+                add<R, 4>(weights, low, high, column, sums);
         for (; column < n.value_width; column += LANES) add<R, 1>(weights, low, high, column, sums);
     }
 
@@ -157,7 +159,8 @@ class Vectors {
 
     void take_query(int64_t row, const T* from) {
         float* to = q + row * n.wide;
-        for (int64_t i = 0; i < n.wide; i += LANES) store(to + i, load_up_to(from + i, std::max<int64_t>(0, n.width - i)));
+        for (int64_t i = 0; i < n.wide; i += LANES)
+            store(to + i, load_up_to(from + i, std::max<int64_t>(0, n.width - i)));
     }
     void ready() {}
 

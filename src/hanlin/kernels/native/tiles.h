@@ -1,5 +1,5 @@
-// Small matrix products over numbers that lie in the cache, columns and depth multiples of 32: bf16 by matrix tiles (Intel AMX)
-// or by pairs (AVX-512), fp32 by multiply-adds. The right-hand side is packed in panels of 16 columns,
+// Small matrix products over numbers that lie in the cache, columns and depth multiples of 32: bf16 by matrix tiles
+// (Intel AMX) or by pairs (AVX-512), fp32 by multiply-adds. The right-hand side is packed in panels of 16 columns,
 //
 //     packed  [columns / 16][depth / step][16][step]      step: 1 number of fp32, 2 of bf16
 #pragma once
