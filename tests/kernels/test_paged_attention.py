@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hanlin.kernels.library import library
-from hanlin.kernels.paged_attention import PagedStep, merge, paged_twin
+from hanlin.kernels.paged_attention import PagedStep, paged_twin
 
 NAN = float("nan")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -275,25 +275,3 @@ def test_tables_must_hold_the_tokens():
     if library() is not None:
         with pytest.raises(ValueError, match="99"):
             step.attend(case.q, case.k, case.v, case.keys, case.values, scale=1.0, window=0)
-
-
-@settings(max_examples=50, deadline=None)
-@given(cut=st.integers(0, 40), dtype=st.sampled_from([torch.float32, torch.float64]), seed=st.integers(0, 2**31))
-def test_attention_over_two_sets_of_keys_merges_to_that_over_both(cut, dtype, seed):
-    torch.manual_seed(seed)
-    q, k, v = torch.randn(3, 8, dtype=dtype) * 5, torch.randn(40, 8, dtype=dtype), torch.randn(40, 6, dtype=dtype)
-
-    def attention(keys, values):
-        scores = q @ keys.T
-        out = scores.softmax(-1) @ values if len(keys) else torch.full((3, 6), NAN, dtype=dtype)
-        return out, scores.logsumexp(-1)
-
-    found = merge(*attention(k[:cut], v[:cut]), *attention(k[cut:], v[cut:]))
-    torch.testing.assert_close(found, attention(k, v))
-
-
-def test_merging_nothing_with_nothing_gives_nothing():
-    none = torch.full((2,), -torch.inf)
-    out, lse = merge(torch.full((2, 3), NAN), none, torch.ones(2, 3), none)
-    assert (out == 0).all()
-    assert (lse == -torch.inf).all()

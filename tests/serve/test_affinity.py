@@ -45,7 +45,10 @@ def test_prompts_that_begin_alike_have_one_key(one, other):
         ({"prompt": "a", "model": "x"}, {"prompt": "a", "model": "y"}),
         ({"prompt": "a", "cache_salt": "x"}, {"prompt": "a"}),
         ({"input": "a", "instructions": "x"}, {"input": "a", "instructions": "y"}),
-        ({"messages": [{"role": "user", "content": "a"}], "system": "x"}, {"messages": [{"role": "user", "content": "a"}]}),
+        (
+            {"messages": [{"role": "user", "content": "a"}], "system": "x"},
+            {"messages": [{"role": "user", "content": "a"}]},
+        ),
     ],
 )
 def test_prompts_that_begin_otherwise_have_another(one, other):

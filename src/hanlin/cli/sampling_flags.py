@@ -39,9 +39,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser, *, temperature: float, t
     group.add_argument(
         "--presence-penalty", type=float, default=0.0, metavar="X", help="for words that were used; 0 off"
     )
-    group.add_argument(
-        "--frequency-penalty", type=float, default=0.0, metavar="X", help="for each use; 0 off"
-    )
+    group.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help="for each use; 0 off")
     group.add_argument("--no-repeat-ngram", type=int, default=0, metavar="N", help="no N tokens twice; 0 is off")
     group.add_argument("--dry", type=float, default=0.0, metavar="X", help="DRY's multiplier, 0.8 is usual; 0 is off")
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")

@@ -18,6 +18,7 @@ KEY_VARIABLE = "HANLIN_API_KEY"
 LIMITS: dict[str, tuple[type, str]] = {  # the engine's own, by their names
     "dtype": (str, "float32, bfloat16 … or auto, whichever is faster here (default)"),
     "device": (str, "cpu, cuda … or auto (default)"),
+    "ranks": (int, "processes of this machine that the model is cut over (tensor parallelism)"),
     "max_batch": (int, "sequences computed together"),
     "max_waiting": (int, "requests that may queue beyond them; then 429"),
     "max_context": (int, "tokens a conversation may have (default: the model's)"),

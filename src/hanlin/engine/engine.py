@@ -35,6 +35,7 @@ from hanlin.engine.limits import read_limits
 from hanlin.engine.memory import Memory, fingerprint, open_memory
 from hanlin.engine.ngram_draft import NgramDraft
 from hanlin.engine.opening import open_model
+from hanlin.engine.ranks import Leader, open_ranks, refuse_alone
 from hanlin.engine.request import BestOf, Deliver, Owner, Request, with_logprobs
 from hanlin.engine.runner import Runner
 from hanlin.engine.sampling import check_tokens
@@ -47,6 +48,7 @@ from hanlin.engine.types import Completion, EngineStats, Event, SamplingParams
 from hanlin.engine.worker import Worker
 from hanlin.models.transformer import Transformer
 from hanlin.nn.frozen import freeze
+from hanlin.parallel.tensor import local_config
 from hanlin.tokens import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]  # text, token ids, or chat messages
@@ -75,7 +77,11 @@ class Engine:
             )
         self.model, self.tokenizer = model.eval(), tokenizer
         self._writes = writes(model)
-        self._memory: Memory = open_memory(model, self.limits, identity=identity)
+        config = model.config
+        if model.part is not None:
+            refuse_alone(self.limits, draft)
+            config = local_config(config, model.part.ranks)
+        self._memory: Memory = open_memory(model, self.limits, config=config, identity=identity)
         self.max_context = min(self.limits.max_context or longest, self._memory.capacity)
         if self.limits.max_context is not None and self.max_context < self.limits.max_context:
             raise HanlinError(
@@ -95,8 +101,9 @@ class Engine:
             max_batch=self.limits.max_batch,
             step_tokens=self.limits.step_tokens,
         )
+        self._leader = None if model.part is None else Leader(None, self._runner)
         self._worker = Worker(
-            self._runner,
+            self._leader or self._runner,
             scheduler,
             vocabulary=model.config.vocab_size,
             device=model.device,
@@ -104,7 +111,7 @@ class Engine:
             drafter=self._speculation(draft),
             fill_masks=lambda places, made=self._made_constraints: made[0].fill_masks(places),
         )
-        self._finalizer = weakref.finalize(self, _stop, self._worker, self._memory)  # also when the interpreter ends
+        self._finalizer = weakref.finalize(self, _stop, self._worker, self._memory, self._leader)  # also at exit
 
     @classmethod
     def from_folder(
@@ -115,16 +122,21 @@ class Engine:
         device: str = "auto",
         adapters: Mapping[str, str | os.PathLike[str]] | None = None,
         draft: str | os.PathLike[str] | None = None,
+        ranks: int = 1,
         **limits: Any,
     ) -> "Engine":
         """The model and tokenizer of a folder. On a CPU its weights are laid out for generating (`nn.frozen`): the
         engine's model can then be neither trained nor saved.
 
         dtype: "float32", "bfloat16" …, or "auto": whichever decodes this model faster here (`faster_dtype`).
-        adapters: LoRA adapters by name, in PEFT's files. draft: the folder of a draft model. limits: those of the
-        constructor.
+        adapters: LoRA adapters by name, in PEFT's files. draft: the folder of a draft model. ranks: cut the model over
+        so many processes of this machine (tensor parallelism, `engine.ranks`). limits: those of the constructor.
         """
-        read_limits(limits)  # a wrong name is said before a large file is read
+        found = read_limits(limits)  # a wrong name is said before a large file is read
+        if ranks > 1:
+            refuse_alone(found, draft, adapters)
+            model, limits = open_ranks(path, ranks, dtype=dtype, device=device, limits=limits)
+            return cls(model, Tokenizer.load(path), **limits)
         tokenizer = Tokenizer.load(path)
         model = open_model(path, dtype=dtype, device=device)
         helper = None
@@ -191,6 +203,8 @@ class Engine:
     def embed(self, prompts: Prompt | Sequence[Prompt]) -> Tensor:
         """The meaning of texts as vectors: hidden states after the last norm, their mean over a text's tokens, scaled
         to length 1: (prompts, width) fp32. One text at a time, between the steps of what is being generated."""
+        if self._leader is not None:
+            raise HanlinError("An engine over several ranks gives no embeddings; open the model with one.")
         many: Sequence[Any] = prompts if _are_many(prompts) else [prompts]
         rows = [self._prompt_ids(prompt, writes=False) for prompt in many]
         vectors = [self._worker.between_steps(partial(self._runner.embed, ids)) for ids in rows]
@@ -198,6 +212,8 @@ class Engine:
 
     def load_adapter(self, name: str, folder: str | os.PathLike[str]) -> None:
         """Read a LoRA adapter in PEFT's files; requests may then ask for it by name. Between two steps of what runs."""
+        if self._leader is not None:
+            raise HanlinError("An engine over several ranks takes no adapters; merge it into the model.")
         self._worker.between_steps(partial(self._runner.adapters.load, name, folder)).result()
 
     def unload_adapter(self, name: str) -> None:
@@ -370,6 +386,8 @@ def _ends_of(model: Transformer) -> frozenset[int]:
     return frozenset(found)
 
 
-def _stop(worker: Worker, memory: Memory) -> None:
+def _stop(worker: Worker, memory: Memory, leader: Leader | None) -> None:
     worker.stop()
+    if leader is not None:
+        leader.stop()
     memory.tiers.close()

@@ -6,7 +6,7 @@ import torch
 
 from hanlin.core.device import choose_device, choose_dtype
 from hanlin.core.errors import HanlinError
-from hanlin.models.folder import load_model
+from hanlin.models.folder import load_config, load_model
 from hanlin.models.transformer import Transformer
 
 SMALL = 6_000_000  # parameters
@@ -28,12 +28,27 @@ def faster_dtype(model: Transformer) -> torch.dtype:
 
 def open_model(path: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto", device: str = "auto") -> Transformer:
     """dtype: "float32", "bfloat16" …, or "auto" (`faster_dtype`)."""
-    if isinstance(dtype, str) and dtype != "auto":
-        if dtype not in DTYPES:
-            raise HanlinError(f"Unknown dtype `{dtype}`; it is one of: auto, {', '.join(DTYPES)}.")
-        dtype = DTYPES[dtype]
+    dtype = _named(dtype)
     target = choose_device(device)
     if isinstance(dtype, torch.dtype):
         return load_model(path, dtype=dtype, device=target)
     model = load_model(path, device=target)
     return model.to(faster_dtype(model))
+
+
+def dtype_for(path: str | os.PathLike[str], dtype: torch.dtype | str = "auto") -> torch.dtype:
+    """The dtype in which `open_model` would load a folder on a CPU."""
+    dtype = _named(dtype)
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    small = load_config(path).parameters().total < SMALL
+    return torch.float32 if small else choose_dtype("auto", torch.device("cpu"))
+
+
+def _named(dtype: torch.dtype | str) -> torch.dtype | str:
+    """A dtype for its name; "auto" stays."""
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    if dtype not in DTYPES:
+        raise HanlinError(f"Unknown dtype `{dtype}`; it is one of: auto, {', '.join(DTYPES)}.")
+    return DTYPES[dtype]

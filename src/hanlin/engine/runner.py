@@ -28,7 +28,7 @@ class Plan:
     pages that part first; wanted: indices into ids of which logits are asked for; hidden: their hidden states too;
     everything: those of all tokens. adapters: of each sequence, the key of its adapter or None. readers: of each
     sequence, the source it reads; sources: those that are new, to be encoded first; done: sources that nobody reads
-    any more.
+    any more. wipes: pages that may hold what is no number.
     """
 
     ids: list[int]
@@ -43,6 +43,7 @@ class Plan:
     readers: list[int] = field(default_factory=list)
     sources: dict[int, Source] = field(default_factory=dict)
     done: list[int] = field(default_factory=list)
+    wipes: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Runner:
 
     @torch.inference_mode()
     def __call__(self, plan: Plan) -> Result:
+        self.cache.wipe(plan.wipes)
         self.cache.copy(plan.copies)
         padding = max(0, self.height - len(plan.ids))
         reader = None if self.sources is None else self.sources.step(plan, padding)

@@ -63,11 +63,13 @@ class Found:
 
 
 class Tables:
-    """Grows, shares, forks and frees tables. `copies`: (group, from, to) that the next step has to make first."""
+    """Grows, shares, forks and frees tables. The next step begins with `wipes`, (group, page) that may hold what is no
+    number, and `copies`, (group, from, to)."""
 
     def __init__(self, groups: Sequence[Group], pools: Sequence[PagePool], page: int) -> None:
         self.groups, self.pools, self.page = tuple(groups), tuple(pools), page
         self.copies: list[tuple[int, int, int]] = []
+        self.wipes: list[tuple[int, int]] = []
         self.lower: Callable[[bytes], bool] = lambda key: False  # whether a lower tier has these contents
         self.host: Sequence[PagePool] = ()  # where a table's negative pages lie
 

@@ -56,8 +56,7 @@ class Tiers:
     def load(self, table: Table, loads: Sequence[tuple[int, int, bytes]]) -> list[tuple[int, int, Future[bool]]]:
         """Bring contents into pages of the device: (group, page, key) each -> (group, index in the table, whether it
         came)."""
-        self.cache.copy(self.tables.copies)  # they may still read what is overwritten now
-        self.tables.copies.clear()
+        self._catch_up()
         started = []
         for group, page, key in loads:
             target = self.cache.store[group][page]
@@ -87,8 +86,7 @@ class Tiers:
             for index in range(min(len(held), computed // self.tables.page)):
                 if held[index] > 0:
                     target = self.host[group].take()
-                    self.cache.copy(self.tables.copies)
-                    self.tables.copies.clear()
+                    self._catch_up()
                     self.cache.host_store[group][target].copy_(self.cache.store[group][held[index]])
                     pool.drop(held[index])
                     held[index] = -target
@@ -112,6 +110,13 @@ class Tiers:
         for pool in self.host:
             pool.check()
 
+    def _catch_up(self) -> None:
+        """Do now what the next step was to begin with: it may still read, or wipe, what is overwritten here."""
+        self.cache.wipe(self.tables.wipes)
+        self.cache.copy(self.tables.copies)
+        self.tables.wipes.clear()
+        self.tables.copies.clear()
+
     def _has(self, key: bytes) -> bool:
         group = key[-1]
         return bool(self.host and self.host[group].find(key) is not None) or (
@@ -120,8 +125,7 @@ class Tiers:
 
     def _demote(self, group: int, page: int, key: bytes) -> None:
         """The device gives up a page."""
-        self.cache.copy(self.tables.copies)
-        self.tables.copies.clear()
+        self._catch_up()
         contents = self.cache.store[group][page]
         pool = self.host[group] if self.host else None
         if pool is not None and pool.find(key) is not None:

@@ -192,7 +192,9 @@ class Worker:
             elif work.sample:
                 wanted += range(at + size - 1 - len(work.drafts), at + size)
             at += size
-        copies, self._scheduler.tables.copies = self._scheduler.tables.copies, []
+        tables = self._scheduler.tables
+        copies, tables.copies = tables.copies, []
+        wipes, tables.wipes = tables.wipes, []
         requests = [work.request for work in works]
         readers, sources, done = self._sources_of(requests)
         return Plan(
@@ -208,6 +210,7 @@ class Worker:
             readers,
             sources,
             done,
+            wipes,
         )
 
     def _sources_of(self, requests: Sequence[Request]) -> tuple[list[int], dict[int, Source], list[int]]:
@@ -360,7 +363,7 @@ class Worker:
                 root.fail(error)
                 self._finished["error"] += 1
             if wipe and request.table is not None:
-                self._scheduler.tiers.cache.wipe(self._scheduler.tables.alone(request.table))
+                self._scheduler.tables.wipes += self._scheduler.tables.alone(request.table)
             self._settle(root, forget=True)
 
     def _settle(self, request: Request, *, forget: bool = False) -> None:

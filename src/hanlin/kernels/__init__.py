@@ -5,7 +5,6 @@
     generating, without gradients, on threads of its own
     linear           x W^T + b over packed weights
     rows             RMS norm, rotary turn, SwiGLU
-    attention        one new token a sequence over the contiguous cache
     paged_attention  a flat batch over the pages of the engine's cache
 
     training, forward and backward, on torch's threads

@@ -4,8 +4,7 @@
 
 The new tokens of all sequences stand one behind the other, a prompt beside single tokens: no phases, no padding. A
 token's result depends on its own sequence alone, to the last bit: not on the batch, nor on how a prompt is cut into
-steps, nor on the threads. `paged_twin` is the same in plain torch for every device and dtype; `merge` joins
-attention over two sets of keys.
+steps, nor on the threads. `paged_twin` is the same in plain torch for every device and dtype.
 
 By measurement (one core with AVX-512 and AMX, 12/4 heads of 64 and 16/8 of 128): against gathering the pages for SDPA,
 pieces of prompts of 256–2,048 tokens over 0–2,048 earlier ones take 0.5–0.85 of its time in bf16, 0.6–1.0 in fp32.
@@ -204,18 +203,6 @@ def paged_write_twin(step: PagedStep, new: Tensor | None, store: Tensor) -> None
     ]
     page, place = torch.tensor(places, dtype=torch.int64, device=store.device).reshape(-1, 2).unbind(1)
     store[page, :, place] = new.to(store.dtype)
-
-
-def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over two sets of keys from attention over each: outputs (…, D) and the logarithms (…) of their sums
-    (blocks of FlashAttention, arXiv:2205.14135; eq. 5 and 6 of FlashInfer, arXiv:2501.01005).
-
-    Computed in the logarithms' dtype; a side whose logarithm is -inf has seen nothing and gives nothing. Returns the
-    output in the first one's dtype, and its logarithm."""
-    total = torch.logaddexp(lse, other_lse)
-    shares = [torch.where(part == -torch.inf, 0, (part - total).exp())[..., None] for part in (lse, other_lse)]
-    kept = [torch.where(share == 0, 0, x.to(lse.dtype)) * share for share, x in zip(shares, (out, other), strict=True)]
-    return (kept[0] + kept[1]).to(out.dtype), total
 
 
 def _is_packed(x: Tensor, width: int) -> bool:

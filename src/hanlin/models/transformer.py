@@ -8,10 +8,9 @@ Hugging Face names of Llama, so a checkpoint of the families that use them needs
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hanlin.models.config import AttentionConfig, ModelConfig
@@ -26,6 +25,9 @@ from hanlin.nn.masks import Mask
 from hanlin.nn.multi_token import MultiTokenPrediction
 from hanlin.nn.relative_attention import RelativeAttention
 from hanlin.nn.routing import Router, Routing
+
+if TYPE_CHECKING:
+    from hanlin.models.tensor_plan import Part
 
 OWN_INIT = (Router, Experts, RelativeAttention)
 
@@ -77,6 +79,7 @@ class Transformer(nn.Module):
             )  # fmt: skip
         self.lm_head = None if head is None else Linear(config.width, config.vocab_size, bias=head.bias)
         self.compute_dtype: torch.dtype | None = None
+        self.part: Part | None = None  # what this rank holds of it, if it was cut (`parallel.tensor`)
         self.reset_parameters()
         if config.tied_embeddings and self.lm_head is not None:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -185,7 +188,7 @@ class Transformer(nn.Module):
 
     def embed(self, ids: Tensor) -> Tensor:
         """The vectors of tokens, in the dtype of the activations: (rows, T) -> (rows, T, width)."""
-        return F.embedding(ids, self.model.embed_tokens.weight).to(self.dtype)
+        return self.model.embed_tokens(ids).to(self.dtype)
 
     def encode(self, ids: Tensor, *, positions: Tensor | None = None, mask: Mask | None = None) -> Tensor:
         """The encoder of a model that has both: ids (rows, S) -> hidden states (rows, S, width), `source` of `forward`.

@@ -2,8 +2,8 @@
 arXiv:1909.08053).
 
     x ──┬─▶ rank 0: its heads ──▶ its columns of W_o ──▶ partial y ──┐
-        │                                                            (+) ──▶ y      one sum over the ranks for attention,
-        └─▶ rank 1: its heads ──▶ its columns of W_o ──▶ partial y ──┘              one for the feed-forward of a layer
+        │                                                            (+) ──▶ y     one sum over the ranks for attention,
+        └─▶ rank 1: its heads ──▶ its columns of W_o ──▶ partial y ──┘             one for the feed-forward of a layer
 
 `models.tensor_plan` says which tensor is cut how. `shard` cuts a loaded model in place and hangs the collectives on its
 modules, so that `model(ids)` on every rank gives every rank the same whole logits. It works over any process group
@@ -11,7 +11,7 @@ modules, so that `model(ids)` on every rank gives every rank the same whole logi
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -96,7 +96,6 @@ def load_sharded(
     Simple: each rank reads the whole model into host memory, cuts it, and gives the rest back; the peak is the whole
     model once for each rank of a machine.
     """
-    _, ranks = place(group)
     model = load_model(path, dtype=dtype, device="cpu")
     return shard(model, group).to(choose_device(str(device)))
 
@@ -239,7 +238,7 @@ def _gather_one(tensor: Tensor | None, layout: Layout, units: int, part: Part, g
     last = tensor.unflatten(layout.dim, (layout.pieces, stop - start, -1)).movedim(layout.dim + 1, -1)
     columns = gather_columns(last, [stop - start for start, stop in shares], group)
     ends = torch.tensor([stop - start for start, stop in shares]).cumsum(0).tolist()
-    first = {share: end for share, end in zip(reversed(shares), reversed(ends), strict=True)}  # of those that share it
+    first = dict(zip(reversed(shares), reversed(ends), strict=True))  # of those that share it
     kept = [columns[..., end - (stop - start) : end] for (start, stop), end in sorted(first.items())]
     return torch.cat(kept, -1).movedim(-1, layout.dim + 1).flatten(layout.dim, layout.dim + 2).contiguous()
 

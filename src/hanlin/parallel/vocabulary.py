@@ -24,9 +24,10 @@ class VocabularyEmbedding(nn.Embedding):
     """The rows [start, start + len(weight)) of a table. Each rank looks up the tokens that it has and gives zeros for
     the others; the sum over the ranks is exact."""
 
-    def __init__(self, weight: nn.Parameter, start: int, group: Group) -> None:
-        super().__init__(*weight.shape, device="meta")
-        self.weight = weight
+    def __init__(self, weight: Tensor, start: int, group: Group) -> None:
+        rows, width = weight.shape
+        super().__init__(rows, width, device="meta")
+        self.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
         self._start, self._group = start, group
 
     def forward(self, input: Tensor) -> Tensor:  # (...) -> (..., width)
@@ -40,7 +41,7 @@ def shard_logits(model: Transformer, hidden: Tensor, group: Group = None) -> Ten
     """hidden (..., width), of a model that `parallel.shard` cut -> this rank's columns of the logits (..., V / ranks),
     what `vocabulary_parallel_cross_entropy` takes."""
     if model.part is None or model.lm_head is None:
-        raise HanlinError("Logits of a shard are asked of a model that `parallel.shard` cut and that has an output head.")
+        raise HanlinError("Logits of a shard are asked of a model that `parallel.shard` cut, with an output head.")
     x, head, said = copy_in(model.head_hidden(hidden), group), model.lm_head, model.config.head
     out = F.linear(x, head.weight.to(x.dtype), None if head.bias is None else head.bias.to(x.dtype))
     if said is not None and said.scale != 1:
@@ -48,9 +49,7 @@ def shard_logits(model: Transformer, hidden: Tensor, group: Group = None) -> Ten
     return out if said is None or said.softcap is None else torch.tanh(out / said.softcap) * said.softcap
 
 
-def vocabulary_parallel_cross_entropy(
-    logits: Tensor, targets: Tensor, vocabulary: int, group: Group = None
-) -> Tensor:
+def vocabulary_parallel_cross_entropy(logits: Tensor, targets: Tensor, vocabulary: int, group: Group = None) -> Tensor:
     """Sum over tokens of -log softmax(z)[target], z the ranks' logits side by side; equal on every rank.
 
     logits (..., V / ranks): this rank's; targets (...): of the whole vocabulary, `IGNORE` where there is no loss;

@@ -36,14 +36,12 @@ def beginning_of(body: Any) -> bytes | None:
     prompt = next((body[name] for name in PROMPTS if body.get(name)), None)
     if prompt is None:
         return None
-    if isinstance(prompt, list):
-        prompt = _opening(prompt)
-    if isinstance(prompt, str):
-        prompt = prompt[:BEGINNING]
     before = {name: body[name] for name in BEFORE if body.get(name)}
     try:
-        read = json.dumps(before, sort_keys=True) + json.dumps(prompt)[: 8 * BEGINNING]
-    except (RecursionError, ValueError):
+        opening = _opening(prompt) if isinstance(prompt, list) else prompt
+        cut = opening[:BEGINNING] if isinstance(opening, str) else opening
+        read = json.dumps([before, cut], sort_keys=True)
+    except RecursionError:
         return None
     return hashlib.blake2b(read.encode(), digest_size=16).digest()
 

@@ -48,6 +48,10 @@ def usage(
     return counts
 
 
+def fresh_id() -> str:
+    return uuid.uuid4().hex
+
+
 @dataclass(frozen=True)
 class Envelope:
     """What all chunks of an answer share: the same id, time and model."""
@@ -55,7 +59,7 @@ class Envelope:
     kind: str  # "chat.completion" or "text_completion"
     model: str
     prefix: str
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    id: str = field(default_factory=fresh_id)
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property

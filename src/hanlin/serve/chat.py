@@ -6,7 +6,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from hanlin.serve.answers import Envelope, chat_logprobs, prompt_logprobs, server_sent_event
+from hanlin.serve.answers import Envelope, chat_logprobs, fresh_id, prompt_logprobs, server_sent_event
 from hanlin.serve.chat_request import ChatRequest
 from hanlin.serve.conversation import Conversation, begin
 from hanlin.serve.requests import read_request
@@ -20,8 +20,7 @@ router = APIRouter()
 async def complete_chat(request: Request) -> Response:
     body = await read_request(request, ChatRequest)
     talk = await begin(request, body)
-    label = {"id": body.request_id} if body.request_id else {}
-    envelope = Envelope("chat.completion", talk.served.name, "chatcmpl", **label)
+    envelope = Envelope("chat.completion", talk.served.name, "chatcmpl", id=body.request_id or fresh_id())
     if body.stream:
         return StreamedAnswer(_chunks(talk, envelope), talk.generation)
     turns = await talk.finish(request)

@@ -12,7 +12,15 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from hanlin.engine import Completion, Engine, SamplingParams, TokenLogprob
-from hanlin.serve.answers import Envelope, completion_logprobs, prompt_logprobs, server_sent_event, usage, usage_of
+from hanlin.serve.answers import (
+    Envelope,
+    completion_logprobs,
+    fresh_id,
+    prompt_logprobs,
+    server_sent_event,
+    usage,
+    usage_of,
+)
 from hanlin.serve.completion_request import CompletionRequest
 from hanlin.serve.errors import ApiError
 from hanlin.serve.generation import Generation, start
@@ -51,7 +59,7 @@ async def complete_text(request: Request) -> Response:
         prompt_logprobs=None if body.stream else _scores(body),
         constraint=body.constraint(),
     )
-    envelope = Envelope("text_completion", served.name, "cmpl", **({"id": body.request_id} if body.request_id else {}))
+    envelope = Envelope("text_completion", served.name, "cmpl", id=body.request_id or fresh_id())
     if _scores(body) is not None and (body.stream or not body.max_tokens):
         prompts = await _scored(request, served, body, prompts, params)
     generation = await start(request, served, body, ids if body.max_tokens else [], params)
@@ -171,7 +179,8 @@ async def _chunks(
         written += len(event.token_ids)
         tokens = (event.logprobs or []) if body.logprobs is not None else []
         if text or tokens or (body.return_token_ids and event.token_ids):
-            yield chunk(part, text, tokens, **({"token_ids": event.token_ids} if body.return_token_ids else {}))
+            more = {"token_ids": event.token_ids} if body.return_token_ids else {}
+            yield chunk(part, text, tokens, end=None, **more)
         if event.completion is not None:
             finished.append(event.completion)
             yield chunk(part, "", end=event.completion.finish_reason)

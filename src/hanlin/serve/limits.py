@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hanlin.core.errors import HanlinError
 from hanlin.serve.errors import ApiError
@@ -62,7 +63,8 @@ def read_keys(path: str | os.PathLike[str]) -> list[Key]:
             if not isinstance(entry, dict) or "key" not in entry:
                 raise ValueError('it is no object with a "key"')
             adapters = entry.pop("adapters", None)
-            key = Key(**{"name": str(number), **entry}, adapters=None if adapters is None else tuple(adapters))
+            said: dict[str, Any] = {"name": str(number), **entry}
+            key = Key(**said, adapters=None if adapters is None else tuple(adapters))
         except (ValueError, TypeError, HanlinError) as error:
             raise HanlinError(f"{file}, line {number}: {error}") from error
         if any(key.key == other.key for other in keys):
