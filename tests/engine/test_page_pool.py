@@ -73,8 +73,6 @@ def test_contents_are_listed_the_longest_unused_first():
     pool = filled(4)
     pool.hold(2)
     assert pool.contents() == [(0, b"0"), (1, b"1"), (3, b"3"), (2, b"2")]
-    pool.forget_free()
-    assert pool.contents() == [(2, b"2")]
 
 
 class Twin(RuleBasedStateMachine):

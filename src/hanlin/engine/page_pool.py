@@ -83,11 +83,6 @@ class PagePool:
         """(page, key) of all known contents, the longest unused free ones first."""
         return [(p, self._key_of[p]) for p in dict.fromkeys((*self._free, *self._key_of)) if p in self._key_of]
 
-    def forget_free(self) -> None:
-        """Give up the contents of all pages that nobody holds."""
-        for page in list(self._free):
-            self._forget(page, tell=False)
-
     def check(self, held: dict[int, int] | None = None) -> None:
         """Every page is free or held, never both; keys and pages name each other. held: page -> how many tables hold
         it. AssertionError where that is not so."""

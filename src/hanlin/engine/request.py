@@ -69,6 +69,7 @@ class Request:
         self.ids, self.prompt_tokens, self.computed = list(prompt), len(prompt), 0
         self.table: Table | None = None
         self.root = b""
+        self.hashes: list[bytes] = []  # of its full pages, made once however often it waits
         self.arrival = 0
         self.cached_tokens = self.preemptions = self.drafted = self.accepted = 0
         self.adapter: Adapter | None = None
@@ -142,12 +143,13 @@ class Request:
     def branch(self, ids: Sequence[int]) -> None:
         """Go on with other tokens (a search)."""
         self.ids[:] = ids
+        self.hashes = []
         self.row = Row(self.params, self.ids, self.prompt_tokens, sorted(self.ends), self.row.seed)
 
     def sibling(self) -> "Request":
         """Another sequence of the same search; only the first of them tells its owner anything."""
         other = copy.copy(self)
-        other.ids, other.table, other.computed = list(self.ids), None, 0
+        other.ids, other.table, other.computed, other.hashes = list(self.ids), None, 0, []
         other.loading, other.settled = [], True
         return other
 

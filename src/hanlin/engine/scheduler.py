@@ -51,7 +51,7 @@ class Scheduler:
         self.loading: list[Request] = []
         self.running: list[Request] = []
         self.served: Counter[str] = Counter()
-        self.preemptions = self.queries = self.hits = 0
+        self.preemptions = 0
         self.hopeless: list[Request] = []  # alone they found too few pages; the worker ends them
         self._arrivals = 0
 
@@ -195,7 +195,7 @@ class Scheduler:
         """Give a waiting request a table that begins with all that is known of its tokens."""
         if self._fork_of_leader(request):
             return True
-        table = self.tables.start(request.root)
+        table = self.tables.start(request.root, request.hashes)
         limit = len(request.ids) - 1 if request.sharing else 0  # the last is computed anyway: its logits are needed
         found = self.tables.find(table, request.ids, limit)
         pages = -(-(len(request.ids) + 1) // self.tables.page)
@@ -210,16 +210,14 @@ class Scheduler:
             return False
         if loads is None:  # more is known than fits at once
             found, loads = Found(0, []), []
-            table = self.tables.start(request.root)
+            table = self.tables.start(request.root, request.hashes)
         request.table, request.computed = table, found.tokens
-        self._note_hit(request, limit, found.tokens)
+        self._note_hit(request, found.tokens)
         if loads:
             request.loading = self.tiers.load(table, loads)
         return True
 
-    def _note_hit(self, request: Request, asked: int, found: int) -> None:
-        self.queries += asked
-        self.hits += found
+    def _note_hit(self, request: Request, found: int) -> None:
         if not request.preemptions:
             request.cached_tokens = min(found, request.prompt_tokens)
 
@@ -235,7 +233,7 @@ class Scheduler:
         if table is None:
             return False
         request.table, request.computed = table, known
-        self._note_hit(request, known, known)
+        self._note_hit(request, known)
         return True
 
     def _is_early(self, request: Request) -> bool:

@@ -29,6 +29,7 @@ from hanlin.models.transformer import Transformer
 if TYPE_CHECKING:
     from hanlin.engine.runner import Runner
 
+READ = 512  # tokens of a prompt that a draft model reads between two steps: streams shall not wait for it
 KEPT_STEPS = 64  # of hidden states that wait for a guess
 
 
@@ -134,7 +135,11 @@ class DraftModel:
             known = min(common_beginning(held, request.ids), len(request.ids) - 1)
             del held[known:]
             total = len(request.ids) + length
-            if total <= longest and self._tables.grow(table, known, total):
+            if total > longest or not self._tables.grow(table, known, total):
+                continue
+            if len(request.ids) - known > READ:
+                self._forward([request], [request.ids[known : known + READ]])
+            else:
                 open_requests.append((request, length))
         while open_requests:
             asked = [r for r, _ in open_requests]
@@ -152,17 +157,20 @@ class DraftModel:
 
     def _next(self, requests: Sequence[Request], guesses: dict[Request, list[int]]) -> list[int]:
         """One more token of each: what its pages lack, in one flat batch."""
+        new = [[*r.ids, *guesses[r]][len(self._states[r][1]) :] for r in requests]
+        return self._model.logits(self._forward(requests, new)).argmax(-1).tolist()
+
+    def _forward(self, requests: Sequence[Request], new: Sequence[list[int]]) -> Tensor:
+        """Read new tokens of each: (requests, width), the hidden state of the last of them."""
         states = [self._states[r] for r in requests]
-        new = [[*r.ids, *guesses[r]][len(held) :] for r, (_, held) in zip(requests, states, strict=True)]
         step = self._cache.step(
             [len(held) for _, held in states], [len(ids) for ids in new], [table.pages for table, _ in states]
         )
         flat = torch.tensor([[token for ids in new for token in ids]], device=self._model.device)
         hidden = self._model(flat, cache=step, logits=None).hidden[0]
-        ends = torch.tensor([len(ids) for ids in new], device=hidden.device).cumsum(0) - 1
         for (_, held), ids in zip(states, new, strict=True):
             held += ids
-        return self._model.logits(hidden[ends]).argmax(-1).tolist()
+        return hidden[torch.tensor([len(ids) for ids in new], device=hidden.device).cumsum(0) - 1]
 
 
 class OwnHeads:

@@ -73,13 +73,9 @@ class Tables:
         self.lower: Callable[[bytes], bool] = lambda key: False  # whether a lower tier has these contents
         self.host: Sequence[PagePool] = ()  # where a table's negative pages lie
 
-    def start(self, root: bytes) -> Table:
-        return Table([[] for _ in self.groups], root)
-
-    def need(self, tokens: int, group: int) -> int:
-        """Pages of a group that so many tokens take at most at one time."""
-        window, pages = self.groups[group].window, -(-tokens // self.page)
-        return pages if window is None else min(pages, -(-window // self.page) + 1)
+    def start(self, root: bytes, hashes: list[bytes] | None = None) -> Table:
+        """An empty table; hashes: of the tokens' full pages, as far as they were made before."""
+        return Table([[] for _ in self.groups], root, [] if hashes is None else hashes)
 
     def fits(self, tokens: int, *, sequences: int = 1, step: int = 0) -> bool:
         """Whether the pools could ever hold so many tokens; step: tokens computed at once, which windows must hold

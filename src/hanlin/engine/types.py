@@ -221,7 +221,7 @@ class EngineStats:
     cache_usage: the part of the device's pages that running sequences hold, 0 to 1. seconds: of all steps that
     computed; prefill_seconds, decode_seconds: the same, shared out by the tokens of each step; so prefill and decode
     tokens a second are computed_prompt_tokens / prefill_seconds and generated_tokens / decode_seconds.
-    prefix_queries, prefix_hits: prompt tokens looked up in the cache and found there. step_tokens: of the last step.
+    step_tokens: of the last step.
     """
 
     running: int
