@@ -11,6 +11,13 @@ never repeated, so only the rows of `prefix` find anything in a cache. The time 
 less that of 1. transformers' padded `generate` gets the batch size that suits it best, its continuous batching a cache
 of the size it needs (by itself it clears most of the memory at every call).
 
+What a step costs (Intel, AMX, two cores, bf16). One token of 100M parameters takes 10.6 ms: 7.1 are products, which
+read the weights at 28 GB/s, all that two cores get; 0.7 attention, 1.1 norms, turns, gates and sums, 1.7 Python, of
+which 0.4 lie outside the model (tables 0.11, plan 0.04, sampling and delivery 0.2). Of 512 tokens of a prompt of 2,048
+(98 ms) products are 46, attention 33, what stands between products 15; sharing that between the threads, too, reads
+prompts 11 to 20 % faster. With 0.6B parameters the first touch of fresh pages cost 120 ms a step, about as much as all
+its attention: `open_engine` touches them beforehand.
+
     python benchmarks/bench_engine.py [--size 100m 0.6b] [--what speed load prefix stall start] [--runs 3] [--quick]
         [--peers SITE_PACKAGES]      where llama_cpp, gguf and ctranslate2 are installed, for their rows
 

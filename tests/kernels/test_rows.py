@@ -80,6 +80,27 @@ def test_gate_equals_its_twin(rows, hidden, scale, dtype, seed):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_threads_share_equal_each_row_alone(dtype):
+    loaded = library()
+    assert loaded is not None
+    loaded.long.hanlin_threads(3)
+    wide, weight = draw(1, 517, 7, 80, dtype=dtype), draw(80, dtype=dtype)
+    x = wide[:, :, 2:]
+    cos, sin = draw(1, 517, 1, 64, dtype=dtype), draw(1, 517, 1, 64, dtype=dtype)
+    shared = rms_norm(x, weight, 1e-6), rotate(x, cos, sin), swiglu(wide.flatten(2))
+    for i in (0, 1, 200, 516):
+        at = slice(i, i + 1)
+        alone = (
+            rms_norm(x[:, at], weight, 1e-6),
+            rotate(x[:, at], cos[:, at], sin[:, at]),
+            swiglu(wide[:, at].flatten(2)),
+        )
+        for many, one in zip(shared, alone, strict=True):
+            assert many is not None and one is not None
+            assert torch.equal(many[:, at], one)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_not_finite_stays_so(dtype):
     bad = torch.tensor([[float("nan"), 1, 1, 1], [float("inf"), 1, 1, 1]], dtype=dtype)
     normed, gated = rms_norm(bad, torch.ones(4, dtype=dtype), 1e-6), swiglu(bad)

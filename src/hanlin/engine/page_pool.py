@@ -20,6 +20,7 @@ class PagePool:
         self.pages, self.first, self.on_evict = pages, first, on_evict
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(first, pages))
         self._holders = [0] * pages
+        self.highest = first  # the highest page that was ever taken
         self._page_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
 
@@ -44,6 +45,7 @@ class PagePool:
         page, _ = self._free.popitem(last=False)
         self._forget(page, tell=True)
         self._holders[page] = 1
+        self.highest = max(self.highest, page)
         return page
 
     def hold(self, page: int) -> None:

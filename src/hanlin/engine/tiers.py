@@ -27,6 +27,8 @@ from hanlin.engine.paged_cache import PagedCache
 from hanlin.engine.tables import Table, Tables
 
 FLUSHED = 16  # pages at a time, when all are written down
+AHEAD = 256 << 20  # bytes of a group's pages that are touched before they are needed, while nothing else is to do
+WARMED = 8 << 20  # at a time
 
 
 class Tiers:
@@ -39,6 +41,7 @@ class Tiers:
             for group, store in enumerate(cache.host_store)
         ]
         self.loaded = 0
+        self._warm = [0] * len(cache.store)  # of each group, the pages up to here were touched
         tables.host = self.host
         if self.host or disk is not None:
             tables.lower = self._has
@@ -91,6 +94,20 @@ class Tiers:
                     pool.drop(held[index])
                     held[index] = -target
                     return True
+        return False
+
+    def warm(self) -> bool:
+        """Touch some pages that were never used, as long as fewer than `AHEAD` bytes lie ready; False: none is left to
+        touch. The first touch of memory can cost more than all that is computed into it."""
+        for group, (store, pool) in enumerate(zip(self.cache.store, self.tables.pools, strict=True)):
+            size = self.cache.page_bytes(group)
+            ready = min(len(store), pool.highest + AHEAD // size)
+            first = max(self._warm[group], 1)
+            if first < ready:
+                last = min(ready, first + max(1, WARMED // size))
+                store[max(first, pool.highest + 1) : last] = 0  # nothing was ever written there
+                self._warm[group] = last
+                return True
         return False
 
     def close(self) -> None:

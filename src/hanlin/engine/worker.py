@@ -121,11 +121,17 @@ class Worker:
             loaded_pages=scheduler.tiers.loaded,
         )
 
+    @property
+    def _idle(self) -> bool:
+        return not (self._closed or self._inbox or self._errands or self._scheduler.open)
+
     @torch.inference_mode()
     def _run(self) -> None:
         while True:
+            while self._idle and self._scheduler.tiers.warm():
+                pass
             with self._wake:
-                while not (self._closed or self._inbox or self._errands or self._scheduler.open):
+                while self._idle:
                     self._wake.wait()
                 inbox, self._inbox = self._inbox, []
                 errands, self._errands = self._errands, []

@@ -4,11 +4,13 @@ config.json  generation_config.json  model.safetensors (or shards and their inde
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from hanlin.core.device import choose_device
 from hanlin.core.errors import HanlinError
@@ -24,6 +26,7 @@ from hanlin.nn.linear import PackedLinear
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+DRAWS = (Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
 GENERATION = "generation_config"  # where `ModelConfig.extra` keeps what stood in generation_config.json
 
 
@@ -57,7 +60,7 @@ def load_model(
         dtype = _saved_dtype(json, held, folder)
     bare = bool(family.prefix) and not any(name.startswith(family.prefix) for name in held)
     prefix = family.prefix if bare else ""
-    with torch.device("meta"):  # nothing is drawn at random only to be overwritten
+    with torch.device("meta"), Undrawn():  # nothing is drawn at random only to be overwritten
         model = Transformer(config)
         for head in heads_in(family.heads, held, prefix):
             model.add_module(head.name, head.make(config.width))
@@ -113,6 +116,19 @@ def save_config(config: ModelConfig, path: str | os.PathLike[str], *, dtype: tor
     json = find_family(config.family, "The model's family (`ModelConfig.family`)").write(config)
     folder.mkdir(parents=True, exist_ok=True)
     _write_config(json, config, folder, dtype)
+
+
+class Undrawn(TorchFunctionMode):
+    """Random numbers are not drawn: on the meta device that does nothing, but torch imports its compiler for it, which
+    takes 0.8 s."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if func in DRAWS:
+            return args[0] if args else given["tensor"]
+        return func(*args, **given)
 
 
 def _folder_to_write(path: str | os.PathLike[str]) -> Path:

@@ -68,9 +68,7 @@ def freeze(model: nn.Module) -> bool:
         if isinstance(module, PackedLinear):
             layers = module.projections()
             biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
-            module.product = Product(
-                torch.cat([layer.weight for layer in layers]), torch.cat(biases) if biases else None
-            )
+            module.product = Product(module.joined_weight(), torch.cat(biases) if biases else None)
             module.forget()
             inside.update(layers)
             for layer in layers:

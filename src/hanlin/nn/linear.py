@@ -54,7 +54,7 @@ class PackedLinear(nn.Module):
         layers = [self.get_submodule(name) for name in self.packed]
         for kind in ("weight", "bias"):
             parameters = [getattr(layer, kind) for layer in layers]
-            if any(p is None for p in parameters):
+            if any(p is None or p.is_meta for p in parameters):  # what has no memory is packed when it gets some
                 continue
             buffer = torch.cat([p.data for p in parameters])
             for parameter, part in zip(parameters, buffer.split([len(p) for p in parameters]), strict=True):
@@ -64,6 +64,10 @@ class PackedLinear(nn.Module):
     def projections(self) -> list[Linear]:
         """The named children, in the order of the buffer."""
         return [cast(Linear, getattr(self, name)) for name in self.packed]
+
+    def joined_weight(self) -> Tensor:
+        """The weights of all children, end to end: the buffer itself, where they are still views of it."""
+        return self._joined("weight", [layer.weight for layer in self.projections()])
 
     def forget(self) -> None:
         """Give the buffer back."""

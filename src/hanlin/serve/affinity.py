@@ -6,8 +6,8 @@ Pages of a prompt that was read are kept by the engine that read it, so prompts 
     home, if its load < max(SLACK, ceil((1 + SPREAD) (total + 1) / n))    bounded loads, arXiv:1608.01350
     else the less loaded of two others drawn at random                    two choices (Mitzenmacher 2001)
 
-A replica that goes takes only its own keys with it: every other key keeps its home. Nothing is remembered, so any number
-of front ends agree without talking.
+A replica that goes takes only its own keys with it: every other key keeps its home. Nothing is remembered, so
+any number of front ends agree without talking.
 """
 
 import hashlib

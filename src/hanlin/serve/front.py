@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
@@ -86,7 +87,8 @@ def create_front(fleet: Fleet, *, api_key: str | None = None, keys: Iterable[Key
     for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
         app.add_api_route(path, _refuse_adapters, methods=["POST"], dependencies=[key])
     app.add_api_route("/v1/responses/{rest:path}", _ask_owner, methods=METHODS, dependencies=[key])
-    for path in sorted({route.path for router in COMPUTING for route in router.routes}):  # ty: a route has a path
+    paths = {route.path for router in COMPUTING for route in router.routes if isinstance(route, APIRoute)}
+    for path in sorted(paths):
         app.add_api_route(path, _ask_one, methods=["POST"], dependencies=[key, place])
     app.add_api_route("/{path:path}", _ask_one, methods=METHODS, dependencies=[key])
     return app

@@ -4,40 +4,32 @@
         front (`front.py`, this process, one address) ── Ray Serve's handle ──▶ Replica 0
                                                          AffinityRouter   └──▶ Replica 1
 
-Ray Serve starts the replicas, watches them and replaces one that dies; its own HTTP proxy is left out, for the front has
-to read a prompt before it can choose. All of it lives on this machine behind 127.0.0.1 and a token of its own, tells
-nobody anything, and is gone, with its folder of logs, when the context ends.
+Ray Serve starts the replicas, watches them and replaces one that dies; its own HTTP proxy is left out, for the front
+has to read a prompt before it can choose. All of it lives on this machine (`local_ray.py`).
 """
 
 import asyncio
 import contextlib
 import logging
 import os
-import secrets
-import shutil
-import tempfile
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from random import Random
 from typing import Any
 
 from starlette.types import Message
 
 from hanlin.core.errors import HanlinError, require
-from hanlin.serve.affinity import choose_replica
 from hanlin.serve.front import Ask, Fleet, ReplicaLostError, Whole
 from hanlin.serve.limits import Key
+from hanlin.serve.local_ray import local_ray
 
 log = logging.getLogger("hanlin.serve")
 
-PRIVATE = {  # read by Ray when it is imported and by the processes that it starts
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AUTH_MODE": "token",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
-}
+APP = "hanlin"
 MANY = 4096  # requests in one replica: never reached, for the engine's own bounded queue answers 429 before
-OBJECT_BYTES = 80 << 20  # of Ray's shared memory: answers are small and go another way
+ROUTER = "hanlin.serve.ray_router.AffinityRouter"
+ALIVE = Ask({"type": "http", "method": "GET", "path": "/version", "headers": [], "query_string": b""})
 PATIENCE = 30.0  # seconds without any living replica after which a request is given up
 
 
@@ -164,9 +156,11 @@ class RayFleet(Fleet):
         except self._lost as error:
             raise ReplicaLostError from error
         finally:
+            response.cancel()  # harmless at the end
             if waiting is not None:
                 waiting.cancel()
-            response.cancel()  # harmless at the end
+                await asyncio.wait({waiting})
+                waiting.cancelled() or waiting.exception()  # seen: nobody waits for it any more
 
     async def ask_all(self, ask: Ask) -> dict[str, Whole]:
         try:
@@ -177,93 +171,41 @@ class RayFleet(Fleet):
         return dict(answer for answer in answers if not isinstance(answer, BaseException))
 
 
-def affinity_router() -> type:
-    """`affinity.choose_replica` as Ray Serve's way to route. It lives beside the handle, in the front's process."""
-    api: Any = require("ray.serve.request_router", "ray")
-
-    class AffinityRouter(api.RequestRouter):
-        queue_len_response_deadline_s = 2.0  # a replica that computes on every core answers late and is not ill
-
-        def initialize_state(self, **_: Any) -> None:
-            self.loads: dict[str, int] = {}
-            self.draw = Random()
-
-        async def choose_replicas(self, candidate_replicas: list[Any], pending_request: Any = None) -> list[list[Any]]:
-            named = {one.replica_id.unique_id: one for one in candidate_replicas}
-            if not named or pending_request is None:
-                return [candidate_replicas]
-            pending_request.routing_context.should_backoff = True
-            ask: Ask = pending_request.args[0]
-            if ask.replica in named:
-                return [[named[ask.replica]]]
-            chosen = choose_replica(ask.key, {name: self.loads.get(name, 0) for name in named}, self.draw)
-            return [[named[chosen]], [one for name, one in named.items() if name != chosen]]
-
-        def on_request_routed(self, pending_request: Any, replica_id: Any, result: Any) -> None:
-            self.loads[replica_id.unique_id] = self.loads.get(replica_id.unique_id, 0) + 1
-
-        def on_request_completed(self, replica_id: Any, internal_request_id: str) -> None:
-            left = self.loads.get(replica_id.unique_id, 0) - 1
-            if left > 0:
-                self.loads[replica_id.unique_id] = left
-            else:
-                self.loads.pop(replica_id.unique_id, None)
-
-    return AffinityRouter
-
-
 @contextlib.contextmanager
-def running_replicas(offer: Offer, count: int) -> Iterator[Fleet]:
+def running_replicas(offer: Offer, count: int) -> Generator[Fleet]:
     """`count` replicas on this machine, ready; a model that cannot be served is a `HanlinError`."""
     if count < 1:
         raise HanlinError(f"The number of replicas is {count}; it must be at least 1.")
-    os.environ.update(PRIVATE, RAY_AUTH_TOKEN=secrets.token_hex(32))
-    ray, serve = require("ray", "ray"), require("ray.serve", "ray")
-    serve_config = require("ray.serve.config", "ray")
-    folder = Path(tempfile.mkdtemp(prefix="hanlin-ray-"))
-    problem = folder / "problem"
+    serve, options = require("ray.serve", "ray"), require("ray.serve.config", "ray")
     cards = 0 if offer.limits.get("device") == "cpu" else _cards()
-    try:
-        ray.init(
-            address="local",
-            num_cpus=count,  # a place for each; how many threads one takes is set below
-            num_gpus=cards,
-            object_store_memory=OBJECT_BYTES,
-            include_dashboard=False,
-            log_to_driver=True,
-            logging_level=logging.ERROR,
-            _node_ip_address="127.0.0.1",
-            _temp_dir=str(folder),
-        )
-        logs = {"log_level": "ERROR", "enable_access_log": False}
-        serve.start(proxy_location="Disabled", logging_config=logs)
-        deployment = serve.deployment(
-            Replica,
-            name="replica",
-            num_replicas=count,
-            max_ongoing_requests=MANY,
-            max_constructor_retry_count=1,
-            health_check_period_s=1,
-            health_check_timeout_s=60,
-            graceful_shutdown_timeout_s=5,
-            graceful_shutdown_wait_loop_s=0.1,
-            logging_config=logs,
-            request_router_config=serve_config.RequestRouterConfig(request_router_class=affinity_router()),
-            ray_actor_options={"num_cpus": 1, "num_gpus": min(1, cards / count)},
-        )
-        threads = max(1, (os.cpu_count() or 1) // count)
+    threads = max(1, (os.cpu_count() or 1) // count)
+    deployment = serve.deployment(
+        Replica,
+        name="replica",
+        num_replicas=count,
+        max_ongoing_requests=MANY,
+        max_constructor_retry_count=1,
+        health_check_period_s=1,
+        health_check_timeout_s=60,  # a step on every core may take long; a process that is gone is seen at once
+        graceful_shutdown_timeout_s=5,
+        graceful_shutdown_wait_loop_s=0.1,
+        logging_config={"log_level": "ERROR", "enable_access_log": False},
+        request_router_config=options.RequestRouterConfig(request_router_class=ROUTER),
+        ray_actor_options={"num_cpus": 1, "num_gpus": min(1, cards / count)},
+    )
+    with local_ray(cpus=count, gpus=cards) as folder:
+        problem = folder / "problem"
         try:
-            handle = serve.run(deployment.bind(offer, threads, problem), name="hanlin", route_prefix=None)
+            handle = serve.run(deployment.bind(offer, threads, problem), name=APP, route_prefix=None)
         except RuntimeError as error:
             if problem.is_file():
                 raise HanlinError(problem.read_text(encoding="utf-8")) from error
             raise
-        yield RayFleet(handle)
-    finally:
-        with contextlib.suppress(Exception):  # what is left of it dies with the next line
-            serve.shutdown()
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            yield RayFleet(handle)
+        finally:
+            with contextlib.suppress(Exception):  # the engines close; whatever refuses to dies with Ray
+                serve.delete(APP)
 
 
 def _cards() -> int:

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "pool.h"
+#include "tiles.h"
 #include "vectors.h"
 
 #if defined(__linux__)
@@ -231,11 +232,42 @@ void multiply_all(const Matrix* m, const T* x, T* y, int64_t rows) {
 }
 
 template <class T>
-void pack(const T* weight, int64_t in, int64_t out, T* packed, int64_t depth, int64_t step) {
-    for (int64_t tile = 0; tile < out; tile += TILE)
-        for (int64_t i = 0; i < depth; i += step)
-            for (int64_t o = tile; o < tile + TILE; o++)
-                for (int64_t s = i; s < i + step; s++) *packed++ = o < out && s < in ? weight[o * in + s] : T{};
+struct Packing {
+    const T* weight;
+    int64_t in, out;
+    T* packed;
+    int64_t depth, parts;
+};
+
+// Tiles of 32 outputs. Sixteen rows of sixteen words (a word is one fp32 number, or two of bf16) are turned at once; what
+// reaches over an edge goes number by number.
+template <class T>
+void pack_part(const void* given, int part) {
+    const Packing<T>& p = *(const Packing<T>*)given;
+    constexpr int64_t step = 4 / sizeof(T), each = LANES * step;
+    const int64_t tiles = (p.out + TILE - 1) / TILE;
+    for (int64_t tile = tiles * part / p.parts; tile < tiles * (part + 1) / p.parts; tile++) {
+        T* to = p.packed + tile * TILE * p.depth;
+        const int64_t whole = (tile + 1) * TILE <= p.out ? p.in / each * each : 0;
+        Words block[LANES];
+        for (int64_t i = 0; i < whole; i += each)
+            for (int64_t o = 0; o < TILE; o += LANES) {
+                for (int r = 0; r < LANES; r++)
+                    block[r] = (Words)load((const float*)(p.weight + (tile * TILE + o + r) * p.in + i));
+                transpose(block);
+                for (int r = 0; r < LANES; r++) store((float*)(to + (i + r * step) * TILE + o * step), (Floats)block[r]);
+            }
+        to += whole * TILE;
+        for (int64_t i = whole; i < p.depth; i += step)
+            for (int64_t o = tile * TILE; o < (tile + 1) * TILE; o++)
+                for (int64_t s = i; s < i + step; s++) *to++ = o < p.out && s < p.in ? p.weight[o * p.in + s] : T{};
+    }
+}
+
+template <class T>
+void pack(const T* weight, int64_t in, int64_t out, T* packed, int64_t depth) {
+    const Packing<T> job{weight, in, out, packed, depth, 4 * threads()};
+    share(pack_part<T>, &job, int(job.parts), true);
 }
 
 }  // namespace
@@ -249,10 +281,10 @@ int64_t hanlin_packed_size(int64_t in, int64_t out, int bytes) {
 
 // weight (out, in) row-major -> packed.
 void hanlin_pack_f32(const float* weight, int64_t in, int64_t out, float* packed) {
-    pack(weight, in, out, packed, in, 1);
+    pack(weight, in, out, packed, in);
 }
 void hanlin_pack_bf16(const bf16* weight, int64_t in, int64_t out, bf16* packed) {
-    pack(weight, in, out, packed, round_up(in, DEPTH), 2);
+    pack(weight, in, out, packed, round_up(in, DEPTH));
 }
 
 // Asks for pages of 2 MB, which read up to twice as fast as pages of 4 KB. To be called before the first write.

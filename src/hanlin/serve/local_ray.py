@@ -1,0 +1,92 @@
+"""`local_ray`: Ray on this machine for this process, closed to everybody else, and gone afterwards.
+
+Ray is made for clusters that trust their network: whoever reaches one of its ports can run code. Here it stays on
+127.0.0.1; the one port that Ray Serve opens on every address (each replica's) speaks only to holders of a certificate
+that is made for this run, as do all others; and the HTTP interface of its agent asks for a token of this run. Usage
+statistics, which Ray would send home, are off.
+"""
+
+import contextlib
+import datetime
+import ipaddress
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Generator
+from pathlib import Path
+
+from hanlin.core.errors import require
+
+OBJECT_BYTES = 80 << 20  # of Ray's shared memory: answers are small and go another way
+
+
+@contextlib.contextmanager
+def local_ray(*, cpus: int, gpus: int) -> Generator[Path]:
+    """Ray Serve without its HTTP proxy; yields a folder that every process sees. cpus, gpus: places, as Ray counts."""
+    folder = Path(tempfile.mkdtemp(prefix="hanlin-ray-"))
+    try:
+        os.environ.update(_privacy(folder))  # read by Ray when it is imported and by the processes that it starts
+        ray, serve = require("ray", "ray"), require("ray.serve", "ray")
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            num_gpus=gpus,
+            object_store_memory=OBJECT_BYTES,
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=str(folder),
+        )
+        try:
+            serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
+            yield folder
+        finally:
+            ray.shutdown()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _privacy(folder: Path) -> dict[str, str]:
+    """The environment that closes Ray."""
+    key, certificate = _certificate()
+    for name, content in (("key.pem", key), ("certificate.pem", certificate)):
+        with os.fdopen(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(content)
+    return {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux too: only then does Ray stay on 127.0.0.1
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USE_TLS": "1",
+        "RAY_TLS_SERVER_KEY": str(folder / "key.pem"),
+        "RAY_TLS_SERVER_CERT": str(folder / "certificate.pem"),
+        "RAY_TLS_CA_CERT": str(folder / "certificate.pem"),  # signed by itself: nobody else can make another
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a process without a share of a GPU sees none
+    }
+
+
+def _certificate() -> tuple[bytes, bytes]:
+    """A fresh private key and a certificate for 127.0.0.1 that it has signed, both PEM."""
+    require("cryptography", "ray")
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "hanlin")])
+    now = datetime.datetime.now(datetime.UTC)
+    here = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))  # clocks are set back now and then
+        .not_valid_after(now + datetime.timedelta(days=3650))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .add_extension(x509.SubjectAlternativeName(here), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    return private, certificate.public_bytes(pem)
