@@ -11,6 +11,7 @@ import atexit
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -119,7 +120,7 @@ def open_ranks(
     others = [
         subprocess.Popen([sys.executable, "-c", OTHER, json.dumps(common | {"rank": rank})]) for rank in range(1, ranks)
     ]
-    atexit.register(_end, others)
+    atexit.register(_end, others, meeting)
     torch.set_num_threads(threads)
     return _join(common | {"rank": 0}), agreed
 
@@ -144,9 +145,10 @@ def serve_rank(about: Mapping[str, Any]) -> None:
     dist.destroy_process_group()
 
 
-def _end(processes: "list[subprocess.Popen[bytes]]") -> None:
+def _end(processes: "list[subprocess.Popen[bytes]]", meeting: str) -> None:
     for process in processes:
         try:
             process.wait(timeout=5)
         except subprocess.TimeoutExpired:
             process.kill()
+    shutil.rmtree(meeting, ignore_errors=True)

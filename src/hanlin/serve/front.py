@@ -11,6 +11,7 @@ off before its announced length. A client that hangs up ends its answer in the r
 import asyncio
 import contextlib
 import json
+import logging
 import re
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hanlin import __version__
 from hanlin.serve.access import require_key, take_place
@@ -69,6 +70,50 @@ class Fleet(Protocol):
     async def ask_all(self, ask: Ask) -> dict[str, Whole]:
         """Replica's name -> its answer, of those that live."""
         ...
+
+
+async def answer_of(app: ASGIApp, ask: Ask) -> AsyncGenerator[Message]:
+    """What an application answers, message by message; closed before the end, it learns that the client left."""
+    sent: asyncio.Queue[Message | None] = asyncio.Queue()
+    left = asyncio.Event()
+    body: list[Message] = [{"type": "http.request", "body": ask.body, "more_body": False}]
+
+    async def receive() -> Message:
+        if body:
+            return body.pop()
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        sent.put_nowait(message)
+
+    async def run() -> None:
+        try:
+            await app({**ask.scope}, receive, send)
+        except Exception:  # the application has answered 500 already
+            log.exception("A request failed.")
+        finally:
+            sent.put_nowait(None)
+
+    task = asyncio.create_task(run())  # it outlives this generator when the client leaves, until it has cleaned up:
+    UNDER_WAY.add(task)  # the loop itself keeps no hold on its tasks
+    task.add_done_callback(UNDER_WAY.discard)
+    try:
+        while (message := await sent.get()) is not None:
+            yield message
+    finally:
+        left.set()
+
+
+async def whole_answer_of(app: ASGIApp, ask: Ask, number: int = 0) -> Whole:
+    """The same at its end."""
+    head: Message = {}
+    body = b""
+    async with contextlib.aclosing(answer_of(app, ask)) as messages:
+        async for message in messages:
+            head = head or message
+            body += message.get("body", b"")
+    return Whole(head["status"], list(head.get("headers", ())), body, number)
 
 
 def create_front(fleet: Fleet, *, api_key: str | None = None, keys: Iterable[Key] = ()) -> FastAPI:

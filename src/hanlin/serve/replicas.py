@@ -10,7 +10,6 @@ has to read a prompt before it can choose. All of it lives on this machine (`loc
 
 import asyncio
 import contextlib
-import logging
 import os
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,11 +19,9 @@ from typing import Any
 from starlette.types import Message
 
 from hanlin.core.errors import HanlinError, require
-from hanlin.serve.front import Ask, Fleet, ReplicaLostError, Whole
+from hanlin.serve.front import Ask, Fleet, ReplicaLostError, Whole, answer_of, whole_answer_of
 from hanlin.serve.limits import Key
 from hanlin.serve.local_ray import local_ray
-
-log = logging.getLogger("hanlin.serve")
 
 APP = "hanlin"
 MANY = 4096  # requests in one replica: never reached, for the engine's own bounded queue answers 429 before
@@ -82,49 +79,16 @@ class Replica:
             raise
         keys = [replace(key, max_concurrent=None) for key in offer.keys]
         self._app = create_app(self._engines, api_key=offer.api_key, keys=keys, request_seconds=offer.request_seconds)
-        self._tasks: set[asyncio.Task[None]] = set()
 
     async def answer(self, ask: Ask) -> AsyncGenerator[Message]:
-        """The answer's messages, as they come. Closed before the end, the application learns that the client left."""
-        sent: asyncio.Queue[Message | None] = asyncio.Queue()
-        left = asyncio.Event()
-        body: list[Message] = [{"type": "http.request", "body": ask.body, "more_body": False}]
-
-        async def receive() -> Message:
-            if body:
-                return body.pop()
-            await left.wait()
-            return {"type": "http.disconnect"}
-
-        async def send(message: Message) -> None:
-            sent.put_nowait(message)
-
-        async def run() -> None:
-            try:
-                await self._app({**ask.scope}, receive, send)
-            except Exception:  # the application has answered 500 already
-                log.exception("A request failed.")
-            finally:
-                sent.put_nowait(None)
-
-        task = asyncio.create_task(run())
-        self._tasks.add(task)  # it outlives this generator when the client leaves, until it has cleaned up
-        task.add_done_callback(self._tasks.discard)
-        try:
-            while (message := await sent.get()) is not None:
+        """The answer's messages, as they come; closed before the end, the application learns that the client left."""
+        async with contextlib.aclosing(answer_of(self._app, ask)) as messages:
+            async for message in messages:
                 yield message
-        finally:
-            left.set()
 
     async def answer_whole(self, ask: Ask) -> tuple[str, Whole]:
         """This replica's name and its answer at the end."""
-        head: Message = {}
-        body = b""
-        async with contextlib.aclosing(self.answer(ask)) as messages:
-            async for message in messages:
-                head = head or message
-                body += message.get("body", b"")
-        return self._name, Whole(head["status"], list(head.get("headers", ())), body, self._number)
+        return self._name, await whole_answer_of(self._app, ask, self._number)
 
     def __del__(self) -> None:  # Ray Serve calls it when a replica is to go
         for engine in getattr(self, "_engines", {}).values():
@@ -176,24 +140,24 @@ def running_replicas(offer: Offer, count: int) -> Generator[Fleet]:
     """`count` replicas on this machine, ready; a model that cannot be served is a `HanlinError`."""
     if count < 1:
         raise HanlinError(f"The number of replicas is {count}; it must be at least 1.")
-    serve, options = require("ray.serve", "ray"), require("ray.serve.config", "ray")
     cards = 0 if offer.limits.get("device") == "cpu" else _cards()
     threads = max(1, (os.cpu_count() or 1) // count)
-    deployment = serve.deployment(
-        Replica,
-        name="replica",
-        num_replicas=count,
-        max_ongoing_requests=MANY,
-        max_constructor_retry_count=1,
-        health_check_period_s=1,
-        health_check_timeout_s=60,  # a step on every core may take long; a process that is gone is seen at once
-        graceful_shutdown_timeout_s=5,
-        graceful_shutdown_wait_loop_s=0.1,
-        logging_config={"log_level": "ERROR", "enable_access_log": False},
-        request_router_config=options.RequestRouterConfig(request_router_class=ROUTER),
-        ray_actor_options={"num_cpus": 1, "num_gpus": min(1, cards / count)},
-    )
     with local_ray(cpus=count, gpus=cards) as folder:
+        serve, options = require("ray.serve", "ray"), require("ray.serve.config", "ray")
+        deployment = serve.deployment(
+            Replica,
+            name="replica",
+            num_replicas=count,
+            max_ongoing_requests=MANY,
+            max_constructor_retry_count=1,
+            health_check_period_s=1,
+            health_check_timeout_s=60,  # a step on every core may take long; a process that is gone is seen at once
+            graceful_shutdown_timeout_s=5,
+            graceful_shutdown_wait_loop_s=0.1,
+            logging_config={"log_level": "ERROR", "enable_access_log": False},
+            request_router_config=options.RequestRouterConfig(request_router_class=ROUTER),
+            ray_actor_options={"num_cpus": 1, "num_gpus": min(1, cards / count)},
+        )
         problem = folder / "problem"
         try:
             handle = serve.run(deployment.bind(offer, threads, problem), name=APP, route_prefix=None)

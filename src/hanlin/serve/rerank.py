@@ -34,8 +34,9 @@ class RerankRequest(Strict):
     @classmethod
     def _read_documents(cls, found: Any) -> list[str]:
         entries = found if isinstance(found, list) and 0 < len(found) <= MAX_PROMPTS else [None]
-        texts = [entry.get("text") if isinstance(entry, dict) and len(entry) == 1 else entry for entry in entries]
-        if not all(isinstance(text, str) and text for text in texts):
+        said = [entry.get("text") if isinstance(entry, dict) and len(entry) == 1 else entry for entry in entries]
+        texts = [text for text in said if isinstance(text, str) and text]
+        if len(texts) < len(said):
             raise ValueError(f"must be 1 to {MAX_PROMPTS} non-empty strings, or objects with nothing but a 'text'")
         return texts
 

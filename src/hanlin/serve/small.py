@@ -62,7 +62,7 @@ async def tokenize(request: Request) -> dict[str, Any]:
     tokenizer = engine.tokenizer
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "Send either 'prompt' or 'messages'.", param="prompt", code="invalid_value")
-    if body.messages is None:
+    if body.prompt is not None:
         if body.tools or "add_generation_prompt" in body.model_fields_set:
             name = "tools" if body.tools else "add_generation_prompt"
             raise ApiError(400, f"'{name}' belongs to 'messages'.", param=name, code="invalid_value")
