@@ -170,13 +170,16 @@ def wait_for_life(folder: Path, process) -> None:
 
 @pytest.mark.slow
 def test_kill_9_at_twenty_random_moments_never_tears_and_always_ends_in_the_same_weights(tmp_path, one_thread):
-    """Two kills to a run, ten runs: the second strikes the resumed one. A checkpoint is written after every step."""
+    """Two kills to a run, ten runs or more: the second strikes the resumed one. Each step writes a checkpoint. On a
+    busy machine a kill may come too late; then further runs are killed, until ten were struck midway."""
     chance = random.Random(20)
     whole = tmp_path / "whole"
     in_own_process(in_this_process, str(whole), KILLED).join()
     spent = read_metrics(whole / "metrics.jsonl")[-1]["time"]
     expected, midway = weights(whole), 0
-    for trial in range(10):
+    for trial in range(30):
+        if trial >= 10 and midway >= 10:
+            break
         folder = tmp_path / f"trial-{trial}"
         for _ in range(2):
             (folder / "metrics.jsonl").unlink(missing_ok=True)  # a sign of life; the steps' lines are not at stake here
@@ -191,7 +194,7 @@ def test_kill_9_at_twenty_random_moments_never_tears_and_always_ends_in_the_same
             midway += process.exitcode == -signal.SIGKILL and 0 < (there[-1][0] if there else 0) < KILLED["steps"]
         train(folder, KILLED)
         assert_same_bits(weights(folder), expected)
-    assert midway >= 10, f"only {midway} of 20 kills struck a training in progress"
+    assert midway >= 10, f"only {midway} of 60 kills struck a training in progress"
 
 
 def test_sigterm_from_outside_saves_before_leaving(tmp_path):

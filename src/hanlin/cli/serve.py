@@ -2,15 +2,19 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hanlin.cli.parser import make_parser
-from hanlin.core.errors import HanlinError, require
+from hanlin.core.errors import HanlinError, MissingExtraError, require
 from hanlin.core.progress import say
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from hanlin.engine import Engine
 
 KEY_VARIABLE = "HANLIN_API_KEY"
@@ -61,6 +65,7 @@ def serve_folder(
     adapters: Mapping[str, str | os.PathLike[str]] | None = None,
     adapter_root: str | os.PathLike[str] | None = None,
     limits: Mapping[str, Any] | None = None,
+    replicas: int | None = None,
     quiet: bool = False,
 ) -> None:
     """Load the folders, serve them until Ctrl-C or SIGTERM. The first answers requests that name no model.
@@ -68,7 +73,8 @@ def serve_folder(
     Port 0 takes any free one. With api_key, both the interface and the page ask for it; key_file has further keys with
     their limits. request_seconds: an answer that takes longer is given up; drain_seconds: what answers under way may
     still take when the server is told to stop. adapters: name -> folder, on the first model; adapter_root: clients may
-    load those below it. limits: the engine's (max_batch, max_context …) with dtype and device.
+    load those below it. limits: the engine's (max_batch, max_context …) with dtype and device. replicas: processes that
+    each have the models, behind this one address (the extra `ray`, `docs/replicas.md`); default: this process alone.
     """
     require("uvicorn", "serve")
     require("fastapi", "serve")
@@ -78,6 +84,8 @@ def serve_folder(
         raise HanlinError("The page opens with --api-key: give one beside --key-file, or leave it out with --no-page.")
     if adapter_root is not None and not Path(adapter_root).is_dir():
         raise HanlinError(f"{adapter_root} is not a folder. Expected the one below which adapters lie.")
+    if replicas is not None:
+        _check_replicas(replicas, page=page, adapter_root=adapter_root)
     offers = _with_names([model if isinstance(model, ServedModel) else ServedModel(model) for model in models])
     from hanlin.engine import Engine
     from hanlin.serve.app import create_app
@@ -87,17 +95,25 @@ def serve_folder(
     keys = [] if key_file is None else read_keys(key_file)
     listener = bind(host, port)  # before the models load: a taken port should not cost a minute
     engines: dict[str, Engine] = {}
+    held = ExitStack()
     try:
-        for name, offer in offers.items():
-            loaded = {} if engines else dict(adapters or {})
-            engines[name] = Engine.from_folder(offer.folder, adapters=loaded, **(limits or {}))
-        app = create_app(
-            engines,
-            api_key=api_key,
-            keys=keys,
-            request_seconds=request_seconds,
-            adapter_root=None if adapter_root is None else Path(adapter_root),
-        )
+        if replicas is not None:
+            folders = {name: offer.folder for name, offer in offers.items()}
+            app = _front(
+                held, replicas, folders, limits or {}, adapters or {}, api_key=api_key, keys=keys,
+                request_seconds=request_seconds,
+            )  # fmt: skip
+        else:
+            for name, offer in offers.items():
+                loaded = {} if engines else dict(adapters or {})
+                engines[name] = Engine.from_folder(offer.folder, adapters=loaded, **(limits or {}))
+            app = create_app(
+                engines,
+                api_key=api_key,
+                keys=keys,
+                request_seconds=request_seconds,
+                adapter_root=None if adapter_root is None else Path(adapter_root),
+            )
         if page:
             from hanlin.studio.mount import mount_chat
 
@@ -105,7 +121,7 @@ def serve_folder(
                 app, [_chat_model(name, offer, engines[name]) for name, offer in offers.items()], api_key=api_key
             )
         address = address_of(listener)
-        say(f"Serving {', '.join(engines)} at {address}", quiet=quiet)
+        say(f"Serving {', '.join(offers)} at {address}", quiet=quiet)
         if page:
             say(f"  chat page         {address}/", quiet=quiet)
         say(f"  OpenAI interface  {address}/v1", quiet=quiet)
@@ -117,6 +133,43 @@ def serve_folder(
         listener.close()
         for engine in engines.values():
             engine.close()
+        held.close()
+
+
+def _front(
+    held: ExitStack,
+    count: int,
+    folders: Mapping[str, str | os.PathLike[str]],
+    limits: Mapping[str, Any],
+    adapters: Mapping[str, str | os.PathLike[str]],
+    **access: Any,
+) -> "FastAPI":
+    """The application before `count` replicas, which run until `held` is closed. They start elsewhere: full paths."""
+    from hanlin.serve.front import create_front
+    from hanlin.serve.replicas import Offer, running_replicas
+
+    def full(places: Mapping[str, Any]) -> dict[str, str]:
+        return {name: str(Path(place).resolve()) for name, place in places.items()}
+
+    places = full({name: limits[name] for name in ("disk_folder", "draft") if name in limits})
+    offer = Offer(full(folders), {**limits, **places}, full(adapters), **access)
+    fleet = held.enter_context(running_replicas(offer, count))
+    return create_front(fleet, api_key=offer.api_key, keys=offer.keys)
+
+
+def _check_replicas(count: int, *, page: bool, adapter_root: str | os.PathLike[str] | None) -> None:
+    """What several processes cannot do is refused before anything starts."""
+    if find_spec("ray") is None:  # not imported yet: it reads its environment when it is
+        raise MissingExtraError("ray", "ray")
+    if count < 1:
+        raise HanlinError(f"--replicas is {count}; expected a number of processes, at least 1.")
+    if page:
+        raise HanlinError("The chat page needs the model in its own process. Use --no-page with --replicas.")
+    if adapter_root is not None:
+        raise HanlinError(
+            "--adapter-root lets clients load adapters, which a replica that is replaced would lack. With --replicas "
+            "give them at the start: --adapter NAME=FOLDER."
+        )
 
 
 def main(argv: list[str]) -> None:
@@ -127,6 +180,7 @@ def main(argv: list[str]) -> None:
             "hanlin serve runs/quickstart/model",
             "hanlin serve runs/quickstart/model --port 8080 --api-key secret",
             "hanlin serve base --adapter poet=runs/poet --max-context 8192 --key-file keys.jsonl --no-page",
+            "hanlin serve base --replicas 2 --no-page",
         ],
     )
     parser.add_argument(
@@ -149,6 +203,9 @@ def main(argv: list[str]) -> None:
         "--drain", type=float, default=30.0, help="seconds for answers under way at the end (default 30)"
     )
     parser.add_argument("--adapter", action="append", default=[], metavar="NAME=FOLDER", help="LoRA on the first model")
+    parser.add_argument(
+        "--replicas", type=int, metavar="N", help="N processes with the models behind this address (extra: ray)"
+    )
     parser.add_argument("--adapter-root", help="clients may load adapters below this folder (default: none)")
     for name, (kind, help_text) in LIMITS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=help_text)
@@ -171,6 +228,7 @@ def main(argv: list[str]) -> None:
         adapters=_adapters(options.adapter),
         adapter_root=options.adapter_root,
         limits={name: value for name in LIMITS if (value := getattr(options, name)) is not None},
+        replicas=options.replicas,
         quiet=options.quiet,
     )
 

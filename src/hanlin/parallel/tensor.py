@@ -63,7 +63,8 @@ def shard(model: Transformer, group: Group = None) -> Transformer:
 
     The cut weights are copies of their own, so the memory of the rest is given back. `model.config` stays the whole
     model's (`local_config` is what a cache is made from), `model.part` says what is here. Row-parallel biases stay on
-    rank 0, everything that is not cut stays everywhere. A sharded model cannot be saved.
+    rank 0, everything that is not cut stays everywhere. A part has no `state_dict` and cannot be saved: nobody could
+    read it as a model.
     """
     rank, ranks = place(group)
     _check_whole(model)
@@ -81,6 +82,7 @@ def shard(model: Transformer, group: Group = None) -> Transformer:
     start, _ = share(model.config.vocab_size, rank, ranks)
     model.model.embed_tokens = VocabularyEmbedding(model.model.embed_tokens.weight, start, group)
     model.part = Part(rank, ranks, layouts)
+    model.register_state_dict_pre_hook(_refuse_saving)
     return model
 
 
@@ -123,6 +125,14 @@ def gather(
         if tensor is not None:
             whole[name] = tensor
     return whole
+
+
+def _refuse_saving(model: nn.Module, *_: Any) -> None:
+    if isinstance(model, Transformer) and model.part is not None:
+        raise HanlinError(
+            f"This is part {model.part.rank} of a model that is cut over {model.part.ranks} ranks; it cannot be saved. "
+            "`parallel.gather` puts the whole weights together."
+        )
 
 
 def _check_whole(model: Transformer) -> None:

@@ -11,17 +11,16 @@ off before its announced length. A client that hangs up ends its answer in the r
 import asyncio
 import contextlib
 import json
-import logging
 import re
-from collections.abc import AsyncGenerator, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from hanlin import __version__
 from hanlin.serve.access import require_key, take_place
@@ -29,91 +28,12 @@ from hanlin.serve.affinity import beginning_of
 from hanlin.serve.answers import server_sent_event
 from hanlin.serve.app import COMPUTING, METHODS, NO_TELEMETRY
 from hanlin.serve.errors import ApiError, anthropic_body, error_body, install_error_handlers
+from hanlin.serve.fleet import Ask, Fleet, ReplicaLostError
 from hanlin.serve.limits import Gate, Key
 from hanlin.serve.requests import MAX_BODY_BYTES
 
 TRIES = 2
 LOST = "The replica that was computing this answer is lost. Ask again."
-
-
-class ReplicaLostError(Exception):
-    """A replica died, or left, before its answer was whole."""
-
-
-@dataclass(frozen=True)
-class Ask:
-    """A request on its way to a replica. scope: ASGI's, only plain values. key: of `affinity`; replica: this one."""
-
-    scope: Mapping[str, Any]
-    body: bytes = b""
-    key: bytes | None = None
-    replica: str | None = None
-
-
-@dataclass(frozen=True)
-class Whole:
-    """An answer at its end. number: of the replica that gave it; one that replaces another has its number."""
-
-    status: int
-    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
-    body: bytes = b""
-    number: int = 0
-
-
-class Fleet(Protocol):
-    """The replicas."""
-
-    def ask(self, ask: Ask) -> AsyncGenerator[Message]:
-        """ASGI's messages of the answer; closing it aborts. Raises `ReplicaLostError`."""
-        ...
-
-    async def ask_all(self, ask: Ask) -> dict[str, Whole]:
-        """Replica's name -> its answer, of those that live."""
-        ...
-
-
-async def answer_of(app: ASGIApp, ask: Ask) -> AsyncGenerator[Message]:
-    """What an application answers, message by message; closed before the end, it learns that the client left."""
-    sent: asyncio.Queue[Message | None] = asyncio.Queue()
-    left = asyncio.Event()
-    body: list[Message] = [{"type": "http.request", "body": ask.body, "more_body": False}]
-
-    async def receive() -> Message:
-        if body:
-            return body.pop()
-        await left.wait()
-        return {"type": "http.disconnect"}
-
-    async def send(message: Message) -> None:
-        sent.put_nowait(message)
-
-    async def run() -> None:
-        try:
-            await app({**ask.scope}, receive, send)
-        except Exception:  # the application has answered 500 already
-            log.exception("A request failed.")
-        finally:
-            sent.put_nowait(None)
-
-    task = asyncio.create_task(run())  # it outlives this generator when the client leaves, until it has cleaned up:
-    UNDER_WAY.add(task)  # the loop itself keeps no hold on its tasks
-    task.add_done_callback(UNDER_WAY.discard)
-    try:
-        while (message := await sent.get()) is not None:
-            yield message
-    finally:
-        left.set()
-
-
-async def whole_answer_of(app: ASGIApp, ask: Ask, number: int = 0) -> Whole:
-    """The same at its end."""
-    head: Message = {}
-    body = b""
-    async with contextlib.aclosing(answer_of(app, ask)) as messages:
-        async for message in messages:
-            head = head or message
-            body += message.get("body", b"")
-    return Whole(head["status"], list(head.get("headers", ())), body, number)
 
 
 def create_front(fleet: Fleet, *, api_key: str | None = None, keys: Iterable[Key] = ()) -> FastAPI:
@@ -286,7 +206,7 @@ class Relayed(Response):
         if path.startswith("/v1/messages"):
             line = server_sent_event(anthropic_body(503, body), name="error")
         elif path.startswith("/v1/responses"):
-            line = server_sent_event({"type": "error", **body["error"]}, name="error")
+            line = server_sent_event({**body["error"], "type": "error"}, name="error")
         else:
             line = server_sent_event(body)
         await send({"type": "http.response.body", "body": line, "more_body": False})

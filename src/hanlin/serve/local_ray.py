@@ -20,6 +20,7 @@ from pathlib import Path
 from hanlin.core.errors import require
 
 OBJECT_BYTES = 80 << 20  # of Ray's shared memory: answers are small and go another way
+QUIET = {"log_level": "CRITICAL", "enable_access_log": False}  # what fails is raised, or told by the front
 
 
 @contextlib.contextmanager
@@ -41,7 +42,7 @@ def local_ray(*, cpus: int, gpus: int) -> Generator[Path]:
             _temp_dir=str(folder),
         )
         try:
-            serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
+            serve.start(proxy_location="Disabled", logging_config=QUIET)
             yield folder
         finally:
             ray.shutdown()

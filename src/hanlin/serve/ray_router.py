@@ -9,7 +9,7 @@ from typing import Any
 
 from hanlin.core.errors import require
 from hanlin.serve.affinity import choose_replica
-from hanlin.serve.front import Ask
+from hanlin.serve.fleet import Ask
 
 RequestRouter: Any = require("ray.serve.request_router", "ray").RequestRouter
 

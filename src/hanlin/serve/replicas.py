@@ -19,9 +19,9 @@ from typing import Any
 from starlette.types import Message
 
 from hanlin.core.errors import HanlinError, require
-from hanlin.serve.front import Ask, Fleet, ReplicaLostError, Whole, answer_of, whole_answer_of
+from hanlin.serve.fleet import Ask, Fleet, ReplicaLostError, Whole, answer_of, whole_answer_of
 from hanlin.serve.limits import Key
-from hanlin.serve.local_ray import local_ray
+from hanlin.serve.local_ray import QUIET, local_ray
 
 APP = "hanlin"
 MANY = 4096  # requests in one replica: never reached, for the engine's own bounded queue answers 429 before
@@ -154,7 +154,7 @@ def running_replicas(offer: Offer, count: int) -> Generator[Fleet]:
             health_check_timeout_s=60,  # a step on every core may take long; a process that is gone is seen at once
             graceful_shutdown_timeout_s=5,
             graceful_shutdown_wait_loop_s=0.1,
-            logging_config={"log_level": "ERROR", "enable_access_log": False},
+            logging_config=QUIET,
             request_router_config=options.RequestRouterConfig(request_router_class=ROUTER),
             ray_actor_options={"num_cpus": 1, "num_gpus": min(1, cards / count)},
         )

@@ -72,7 +72,7 @@ async def tokenize(request: Request) -> dict[str, Any]:
             message = "'add_special_tokens' belongs to 'prompt': a conversation has the template's own."
             raise ApiError(400, message, param="add_special_tokens", code="invalid_value")
         tools = [tool.function.as_dict() for tool in body.tools]
-        turns = [message.as_dict() for message in body.messages]
+        turns = [message.as_dict() for message in body.messages or []]
         ids = await asyncio.to_thread(template_ids, tokenizer, turns, tools, generate=body.add_generation_prompt)
     answer = {"count": len(ids), "max_model_len": engine.max_context, "tokens": ids}
     return answer | ({"token_strs": [spell(tokenizer.token_bytes(t)) for t in ids]} if body.return_token_strs else {})
