@@ -7,7 +7,7 @@ A request is an `Ask`, plain values and the whole body; its answer the messages 
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -54,8 +54,11 @@ class Fleet(Protocol):
         ...
 
 
-async def answer_of(app: ASGIApp, ask: Ask) -> AsyncGenerator[Message]:
-    """What an application answers, message by message; closed before the end, it learns that the client left."""
+async def answer_of(app: ASGIApp, ask: Ask, *, pause: Callable[[], float] = lambda: 0.0) -> AsyncGenerator[Message]:
+    """What an application answers, message by message; closed before the end, it learns that the client left.
+
+    pause: seconds between two pieces of the body; what comes meanwhile goes together.
+    """
     sent: asyncio.Queue[Message | None] = asyncio.Queue()
     left = asyncio.Event()
     body: list[Message] = [{"type": "http.request", "body": ask.body, "more_body": False}]
@@ -82,11 +85,13 @@ async def answer_of(app: ASGIApp, ask: Ask) -> AsyncGenerator[Message]:
         ended = False
         while not ended:
             waiting = [await sent.get()]
-            while not sent.empty():  # a step between processes costs more than a token: what waits goes together
+            while not sent.empty():
                 waiting.append(sent.get_nowait())
             ended = waiting[-1] is None
             for message in _joined(message for message in waiting if message is not None):
                 yield message
+                if not ended and message["type"] == "http.response.body":
+                    await asyncio.sleep(pause())
     finally:
         left.set()
         await asyncio.wait({task}, timeout=SETTLING)

@@ -13,11 +13,12 @@ import logging
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Generator
 from pathlib import Path
 
-from hanlin.core.errors import require
+from hanlin.core.errors import HanlinError, require
 
 OBJECT_BYTES = 80 << 20  # of Ray's shared memory: answers are small and go another way
 QUIET = {"log_level": "CRITICAL", "enable_access_log": False}  # what fails is raised, or told by the front
@@ -26,6 +27,8 @@ QUIET = {"log_level": "CRITICAL", "enable_access_log": False}  # what fails is r
 @contextlib.contextmanager
 def local_ray(*, cpus: int, gpus: int) -> Generator[Path]:
     """Ray Serve without its HTTP proxy; yields a folder that every process sees. cpus, gpus: places, as Ray counts."""
+    if "ray" in sys.modules:  # it would be open: it has read its environment, and keeps the first certificate it sees
+        raise HanlinError("Ray is loaded in this process already. Replicas need a fresh one, such as `hanlin serve`.")
     folder = Path(tempfile.mkdtemp(prefix="hanlin-ray-"))
     try:
         os.environ.update(_privacy(folder))  # read by Ray when it is imported and by the processes that it starts
@@ -71,11 +74,10 @@ def _privacy(folder: Path) -> dict[str, str]:
 
 def _certificate() -> tuple[bytes, bytes]:
     """A fresh private key and a certificate for 127.0.0.1 that it has signed, both PEM."""
-    require("cryptography", "ray")
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
+    x509 = require("cryptography.x509", "ray")
+    primitives = "cryptography.hazmat.primitives"
+    hashes, serialization = require(f"{primitives}.hashes", "ray"), require(f"{primitives}.serialization", "ray")
+    ec = require(f"{primitives}.asymmetric.ec", "ray")
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "hanlin")])
     now = datetime.datetime.now(datetime.UTC)

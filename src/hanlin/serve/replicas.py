@@ -26,6 +26,7 @@ from hanlin.serve.local_ray import QUIET, local_ray
 APP = "hanlin"
 MANY = 4096  # requests in one replica: never reached, for the engine's own bounded queue answers 429 before
 ROUTER = "hanlin.serve.ray_router.AffinityRouter"
+PIECE_SECONDS = 1e-3  # of work that one piece of an answer costs on its way: a replica sends no more of them
 ALIVE = Ask({"type": "http", "method": "GET", "path": "/version", "headers": [], "query_string": b""})
 PATIENCE = 30.0  # seconds without any living replica after which a request is given up
 
@@ -58,13 +59,12 @@ class Replica:
 
     def __init__(self, offer: Offer, threads: int, problem: Path) -> None:
         import torch
-        from ray import serve
 
         from hanlin.engine import Engine
         from hanlin.serve.app import create_app
 
         torch.set_num_threads(threads)
-        context = serve.get_replica_context()
+        context = require("ray.serve", "ray").get_replica_context()
         self._name, self._number = context.replica_id.unique_id, context.rank.rank
         limits = dict(offer.limits)
         if limits.get("disk_folder") is not None:  # pages on disk belong to one process; its successor finds them
@@ -77,14 +77,20 @@ class Replica:
         except HanlinError as error:
             problem.write_text(str(error), encoding="utf-8")
             raise
+        self._open = 0
         keys = [replace(key, max_concurrent=None) for key in offer.keys]
         self._app = create_app(self._engines, api_key=offer.api_key, keys=keys, request_seconds=offer.request_seconds)
 
     async def answer(self, ask: Ask) -> AsyncGenerator[Message]:
         """The answer's messages, as they come; closed before the end, the application learns that the client left."""
-        async with contextlib.aclosing(answer_of(self._app, ask)) as messages:
-            async for message in messages:
-                yield message
+        self._open += 1
+        try:
+            pieces = answer_of(self._app, ask, pause=lambda: self._open * PIECE_SECONDS)
+            async with contextlib.aclosing(pieces) as messages:
+                async for message in messages:
+                    yield message
+        finally:
+            self._open -= 1
 
     async def answer_whole(self, ask: Ask) -> tuple[str, Whole]:
         """This replica's name and its answer at the end."""
