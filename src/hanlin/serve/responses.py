@@ -192,4 +192,4 @@ async def _events(
 
 
 def _streamed_error(body: dict[str, Any]) -> bytes:
-    return server_sent_event({"type": "error", **body["error"]}, name="error")
+    return server_sent_event({**body["error"], "type": "error"}, name="error")
