@@ -19,7 +19,6 @@ from typing import Any
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from fastapi.routing import APIRoute
-from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from hanlin import __version__
@@ -30,7 +29,7 @@ from hanlin.serve.app import COMPUTING, METHODS, NO_TELEMETRY
 from hanlin.serve.errors import ApiError, anthropic_body, error_body, install_error_handlers
 from hanlin.serve.fleet import Ask, Fleet, ReplicaLostError
 from hanlin.serve.limits import Gate, Key
-from hanlin.serve.requests import MAX_BODY_BYTES
+from hanlin.serve.requests import read_body
 
 TRIES = 2
 LOST = "The replica that was computing this answer is lost. Ask again."
@@ -144,17 +143,10 @@ def _get(path: str, headers: Iterable[tuple[bytes, bytes]] = ()) -> Ask:
 
 async def _read(request: Request) -> Ask:
     """A request with its whole body, or `ApiError` 413."""
-    raw = bytearray()
-    try:
-        async for chunk in request.stream():
-            raw += chunk
-            if len(raw) > MAX_BODY_BYTES:
-                raise ApiError(413, f"The body is larger than {MAX_BODY_BYTES // 2**20} MiB.", code="body_too_large")
-    except ClientDisconnect as error:
-        raise ApiError(400, "The client left before its request was read.") from error
+    body = await read_body(request)
     plain = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "client", "server")
     scope = {name: request.scope[name] for name in plain if name in request.scope}
-    return Ask(scope | {"headers": list(request.scope["headers"])}, bytes(raw))
+    return Ask(scope | {"headers": list(request.scope["headers"])}, body)
 
 
 class Relayed(Response):

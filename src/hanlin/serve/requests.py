@@ -30,6 +30,12 @@ async def read_request(request: Request, kind: type[Body], *, refusals: Refusals
 
     refusals: what else this route refuses by name.
     """
+    body = drop_neutral(_parse_object(await read_body(request)), known=kind.model_fields, more=refusals)
+    return checked(kind, body)
+
+
+async def read_body(request: Request) -> bytes:
+    """The whole body, or `ApiError` 400 / 413."""
     raw = bytearray()
     try:
         async for chunk in request.stream():
@@ -38,8 +44,7 @@ async def read_request(request: Request, kind: type[Body], *, refusals: Refusals
                 raise ApiError(413, f"The body is larger than {MAX_BODY_BYTES // 2**20} MiB.", code="body_too_large")
     except ClientDisconnect as error:
         raise ApiError(400, "The client left before its request was read.") from error
-    body = drop_neutral(_parse_object(bytes(raw)), known=kind.model_fields, more=refusals)
-    return checked(kind, body)
+    return bytes(raw)
 
 
 def checked(kind: type[Body], body: dict[str, Any]) -> Body:
