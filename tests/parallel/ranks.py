@@ -16,23 +16,26 @@ FAMILIES = (
 )  # fmt: skip
 
 
+MORE = ("bert-segments", "bart", "qwen2-moe", "llama4", "switch-capacity", "chatglm-6b")  # all that norms and experts can do
+
+
 def loss_of(model, case, inputs):
     return (run_ours(case, model, inputs).logits.double() ** 2).mean()
 
 
-def compare(rank: int, meeting: str, folder: str) -> None:
-    """Writes what was found, a line a family, to `folder`/rank."""
+def compare(rank: int, meeting: str, folder: str, sequence: bool = False, ranks: int = 2) -> None:
+    """Writes what was found, a line a family, to `folder`/rank. Nine tokens: 2 and 4 ranks cannot share them equally."""
     torch.set_num_threads(1)
     made = []  # before the group is there: transformers would save on its first rank only
-    for case in [case for case in all_cases() if case.name in FAMILIES]:
+    for case in [case for case in all_cases() if case.name in (*FAMILIES, *(MORE if sequence else ()))]:
         theirs, place = reference_model(case), Path(folder) / f"{case.name}-{rank}"
         made.append((case, *[load_ours(case, theirs, place, torch.float64) for _ in range(2)]))
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
     lines = []
     for case, whole, cut in made:
         inputs = inputs_of(case, rows=2, length=9)
         try:
-            shard(cut)
+            shard(cut, sequence=sequence)
         except HanlinError as error:
             lines.append(f"{case.name}\trefused\t{error}")
             continue

@@ -5,10 +5,14 @@ import torch
 from tiny_training import tiny_model
 
 from hanlin.core.errors import HanlinError
-from hanlin.train import settings
+from hanlin.train import choices as settings
 from hanlin.train.muon import STACK, Muon, equal_shapes, orthogonalise
 from hanlin.train.optim import build_optimizer, clip_gradients, gradient_norm, group_parameters
 
+ALL = [
+    settings.AdamW(), settings.AdamW(state_bits=8), settings.Muon(), settings.Muon(state_bits=8), settings.SGD(),
+    settings.SGD(momentum=0), settings.SGD(nesterov=True), settings.Adafactor(), settings.Adafactor(momentum=0.9),
+]  # fmt: skip
 SHAPES = [(32, 16), (16, 32), (16, 16), (8, 32), (32, 16)]
 
 
@@ -63,7 +67,7 @@ def test_stacks_join_a_shape_with_its_transpose_and_stay_small():
 
 def test_updates_stay_in_the_fused_buffers():
     """q, k, v and gate, up are views of one buffer each: a replaced parameter would be ignored by the product."""
-    for choice in (settings.AdamW(), settings.Muon()):
+    for choice in ALL:
         model = tiny_model()
         ids = torch.arange(12)[None]
         optimizer = build_optimizer(model, choice, 0.01)
@@ -109,13 +113,82 @@ def test_adamw_decays_matrices_and_head_but_not_norms_and_embeddings():
     assert asked["model.embed_tokens.weight"] == 0.05
 
 
+@pytest.mark.parametrize(
+    "choice", [settings.AdamW(weight_decay=0.1, state_bits=8), settings.Adafactor(weight_decay=0.1)]
+)
+def test_the_other_optimisers_decay_the_same(choice):
+    decays = decay_by_name(tiny_model(), choice)
+    assert {d for name, d in decays.items() if "proj" in name or "head" in name} == {0.05}
+    assert {d for name, d in decays.items() if "norm" in name or "embed" in name} == {0.0}
+
+
+def test_sgd_is_the_textbooks():
+    """v = mu v + g + decay w, w -= lr (g + mu v) or lr v, by hand in fp64: 1e-12. Decay for matrices and head only."""
+    for nesterov in (False, True):
+        model = tiny_model().double()
+        choice = settings.SGD(momentum=0.8, nesterov=nesterov, weight_decay=0.1)
+        optimizer = build_optimizer(model, choice, 0.05)
+        expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+        speed: dict[str, torch.Tensor] = {}
+        for _ in range(4):
+            for name, p in model.named_parameters():
+                p.grad = torch.randn_like(p)
+                decay = 0.1 if "proj" in name or "head" in name else 0.0
+                g = p.grad + decay * expected[name]
+                speed[name] = 0.8 * speed[name] + g if name in speed else g.clone()
+                expected[name] -= 0.05 * (g + 0.8 * speed[name] if nesterov else speed[name])
+            optimizer.step(1.0)
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.detach(), expected[name], rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="set momentum above 0"):
+        settings.SGD(momentum=0, nesterov=True)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        settings.AdamW(embedding_lr_ratio=0.25), settings.AdamW(embedding_lr_ratio=0.25, state_bits=8),
+        settings.Muon(embedding_lr_ratio=0.25, adam_lr_ratio=1.0), settings.SGD(embedding_lr_ratio=0.25),
+        settings.Adafactor(embedding_lr_ratio=0.25),
+    ],
+    ids=lambda choice: choice.kind,
+)  # fmt: skip
+def test_embeddings_have_a_rate_of_their_own(choice):
+    """A quarter of the rate moves them a quarter as far; nothing else moves differently (fp64, 1e-12)."""
+    steps = []
+    for chosen in (choice, choice.model_copy(update={"embedding_lr_ratio": 1.0})):
+        model = tiny_model().double()
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        generator = torch.Generator().manual_seed(0)
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        build_optimizer(model, chosen, 1e-3).step(1.0)
+        steps.append({name: p.detach() - before[name] for name, p in model.named_parameters()})
+    for name, step in steps[0].items():
+        ratio = 0.25 if "embed" in name else 1.0
+        torch.testing.assert_close(step, ratio * steps[1][name], rtol=0, atol=1e-12)
+
+
+def test_eight_bit_states_are_a_quarter_of_the_size():
+    """Of the matrices and the head: 2 bytes a number and 8 a block, against 8 bytes."""
+    model, sizes = tiny_model(), []
+    for bits in (8, 32):
+        optimizer = build_optimizer(model, settings.AdamW(state_bits=bits), 1e-3)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step(1.0)
+        large = {n: t for n, t in optimizer.state().items() if ("proj" in n or "head" in n) and not n.endswith("/step")}
+        sizes.append(sum(t.numel() * t.element_size() for t in large.values()))
+    assert 0.25 < sizes[0] / sizes[1] < 0.26
+
+
 def test_muon_decays_the_layers_matrices_only():
     decays = decay_by_name(tiny_model(), settings.Muon(weight_decay=0.1))
     assert {d for name, d in decays.items() if "proj" in name} == {0.05}
     assert {d for name, d in decays.items() if "proj" not in name} == {0.0}
 
 
-@pytest.mark.parametrize("choice", [settings.AdamW(), settings.Muon()])
+@pytest.mark.parametrize("choice", ALL, ids=str)
 def test_a_state_put_into_another_optimiser_continues_the_same(choice):
     models = [tiny_model(), tiny_model()]
     optimizers = [build_optimizer(m, choice, 0.01) for m in models]

@@ -22,7 +22,7 @@ from tiny_training import (
 from hanlin.core.errors import HanlinError
 from hanlin.core.metrics import read_metrics
 from hanlin.core.runs import Run
-from hanlin.train.checkpoint import read_checkpoint
+from hanlin.train.reader import open_checkpoint
 
 CLOCK = ("time", "tokens_per_s", "mfu")  # of a line, what may differ
 
@@ -190,7 +190,7 @@ def test_kill_9_at_twenty_random_moments_never_tears_and_always_ends_in_the_same
             process.join()
             there = Run.open(folder).checkpoints()
             for _, checkpoint in there:
-                read_checkpoint(checkpoint)  # raises if one byte is not what was meant
+                open_checkpoint(checkpoint)  # raises if one byte is not what was meant
             midway += process.exitcode == -signal.SIGKILL and 0 < (there[-1][0] if there else 0) < KILLED["steps"]
         train(folder, KILLED)
         assert_same_bits(weights(folder), expected)
@@ -205,4 +205,4 @@ def test_sigterm_from_outside_saves_before_leaving(tmp_path):
     process.join(30)
     assert process.exitcode == 0
     ((step, folder),) = Run.open(tmp_path).checkpoints()
-    assert 0 < step < 100_000 and read_checkpoint(folder).step == step
+    assert 0 < step < 100_000 and open_checkpoint(folder).step == step

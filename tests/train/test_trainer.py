@@ -117,7 +117,7 @@ def test_settings_that_could_not_act_are_refused():
     for settings, message in [
         ({"steps": 1, "batch_size": 4}, "8 rows a step"),
         ({"steps": 1, "save_every": 1}, "need a run folder"),
-        ({"steps": 1, "tensorboard": True}, "need a run folder"),
+        ({"steps": 1, "trackers": ["tensorboard"]}, "need a run folder"),
         ({"steps": 1, "eval_every": 1}, "nothing to evaluate on"),
     ]:
         with pytest.raises(HanlinError, match=message):
@@ -211,7 +211,7 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    settings = {"steps": 6, "eval_every": 3, "tensorboard": True}
+    settings = {"steps": 6, "eval_every": 3, "trackers": ["tensorboard"]}
     train(tmp_path, settings)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()

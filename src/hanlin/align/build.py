@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 import yaml
 
-from hanlin.align.recipe import NewModel, TrainRecipe
+from hanlin.align.continued import grow, train_new_rows, write_report
+from hanlin.align.recipe import ContinuedObjective, NewModel, TrainRecipe
 from hanlin.align.sft import usual_lr
 from hanlin.align.sources import Data, open_data, open_tokenizer
 from hanlin.core.errors import HanlinError
@@ -22,6 +23,7 @@ from hanlin.data.batch import BatchSource
 from hanlin.evaluate.perplexity import evaluate_text
 from hanlin.models import (
     AttentionConfig,
+    ExpertsConfig,
     FeedForwardConfig,
     ModelConfig,
     Transformer,
@@ -29,6 +31,8 @@ from hanlin.models import (
     save_model,
 )
 from hanlin.models.families import find_family
+from hanlin.nn.routing import RouterConfig
+from hanlin.parallel.processes import Processes
 from hanlin.tokens import Tokenizer
 from hanlin.train import CausalLM, Trainer, TrainSettings
 from hanlin.train.trainer import Evaluate, TrainResult
@@ -42,7 +46,10 @@ def train(recipe: TrainRecipe, *, quiet: bool = False) -> TrainResult:
 
     When the run is finished the model folder `runs/NAME/model` (weights, tokenizer, chat template, generation config)
     is written; `finished=False` in the result means that a signal ended the run early, with a checkpoint.
+    With an initialised process group every process calls this with the same recipe.
     """
+    ranks = Processes.here()
+    quiet = quiet or not ranks.first
     seed_everything(recipe.seed)
     tokenizer = open_tokenizer(recipe)
     data = open_data(recipe, tokenizer, quiet=quiet)
@@ -50,24 +57,38 @@ def train(recipe: TrainRecipe, *, quiet: bool = False) -> TrainResult:
     for note in (*data.notes, *notes):
         say(note, quiet=quiet)
     resolved = resolve_recipe(recipe, data, settings)
-    run = open_run(recipe.out, resolved)
+    with ranks.first_alone():
+        run = open_run(recipe.out, resolved, writes=ranks.first)
     model = build_model(recipe, tokenizer, data.seq_len)
     say(f"{model.parameter_count() / 1e6:.2f} million parameters", quiet=quiet)
+    continued = isinstance(recipe.objective, ContinuedObjective)
+    evaluate = held_out_loss(data.held_out, tokenizer, recipe.objective.held_out_rows)
+    if continued and not run.checkpoints():
+        train_new_rows(model, recipe, data.source, settings, run, quiet=quiet)
     trainer = Trainer(
         model,
-        CausalLM(ahead=model.config.predict_ahead),
+        CausalLM(ahead=model.config.predict_ahead, z_loss=settings.z_loss),
         data.source,
         settings,
+        layout=recipe.parallel,
         run=run,
         seed=recipe.seed,
-        evaluate=held_out_loss(data.held_out, tokenizer, recipe.objective.held_out_rows),
+        evaluate=evaluate,
+        evaluate_first=continued and evaluate is not None,
         title=recipe.name,
         quiet=quiet,
     )
     result = trainer.fit()
-    write_text(run.recipe, resolved.to_yaml())
+    if ranks.first:
+        write_text(run.recipe, resolved.to_yaml())
     if result.finished:
-        save_model_folder(model, tokenizer, run.model)
+        with trainer.whole_model() as whole:
+            if ranks.first:
+                assert whole is not None
+                save_model_folder(whole, tokenizer, run.model)
+                if continued and data.held_out:
+                    write_report(run)
+    ranks.wait()
     return result
 
 
@@ -91,10 +112,10 @@ def resolve_settings(recipe: TrainRecipe, data: Data) -> tuple[TrainSettings, li
                 rate, why = known, reason
         choice["lr"] = rate
         notes.append(f"learning rate: {rate:g} ({why})")
-    if recipe.train.eval_every is not None and data.held_out is None:
+    if recipe.train.eval_every is not None and not data.held_out:
         raise HanlinError("`train.eval_every` is set, but there is nothing to evaluate on: give `objective.held_out`.")
     settings = TrainSettings.model_validate(choice)
-    if settings.eval_every is None and data.held_out is not None:
+    if settings.eval_every is None and data.held_out:
         steps = settings.planned_steps(data.source.steps_per_epoch)
         settings = settings.model_copy(update={"eval_every": max(1, steps // EVALUATIONS)})
     return settings, notes
@@ -108,15 +129,16 @@ def resolve_recipe(recipe: TrainRecipe, data: Data, settings: TrainSettings) -> 
     return type(recipe).model_validate(raw)
 
 
-def open_run(out: Path, resolved: TrainRecipe) -> Run:
-    """The run folder with its `recipe.yaml`.
+def open_run(out: Path, resolved: TrainRecipe, *, writes: bool = True) -> Run:
+    """The run folder with its `recipe.yaml`. writes: False in all processes of a run but the first.
 
     A folder with checkpoints keeps its recipe until the `Trainer` has agreed to continue them (it refuses other data,
     another model or other settings). What it cannot see is checked here: from which weights the run set out.
     """
-    run = Run.open(out)
+    run = Run.open(out) if writes else Run(out)
     if not run.checkpoints():
-        write_text(run.recipe, resolved.to_yaml())
+        if writes:
+            write_text(run.recipe, resolved.to_yaml())
     elif run.recipe.exists():
         before = yaml.safe_load(run.recipe.read_text(encoding="utf-8")).get("model")
         now = resolved.model.model_dump(mode="json")
@@ -133,6 +155,8 @@ def build_model(recipe: TrainRecipe, tokenizer: Tokenizer, seq_len: int) -> Tran
     if isinstance(recipe.model, NewModel):
         return Transformer(with_token_ids(new_config(recipe.model, tokenizer, seq_len), tokenizer))
     model = load_model(recipe.model.path, dtype=torch.float32, device="cpu")
+    if isinstance(recipe.objective, ContinuedObjective):
+        grow(model, recipe.model.path, tokenizer)
     if model.config.vocab_size < tokenizer.size:
         raise HanlinError(
             f"The tokenizer has {tokenizer.size} tokens, but the model in {recipe.model.path} knows only "
@@ -144,17 +168,23 @@ def build_model(recipe: TrainRecipe, tokenizer: Tokenizer, seq_len: int) -> Tran
 
 def new_config(new: NewModel, tokenizer: Tokenizer, seq_len: int) -> ModelConfig:
     """The configuration of a new model for this tokenizer."""
+    feed_forward: FeedForwardConfig | ExpertsConfig = FeedForwardConfig(new.hidden)
+    family = new.family
+    if new.experts is not None:
+        e = new.experts
+        feed_forward = ExpertsConfig(e.count, e.hidden, RouterConfig(e.top_k))
+        family = {"qwen3": "qwen3_moe", "mistral": "mixtral"}[new.family]
     return ModelConfig.uniform(
-        new.family,
+        family,
         depth=new.depth,
         attention=AttentionConfig(
             heads=new.heads,
             kv_heads=new.kv_heads,
             head_dim=new.head_dim or new.width // new.heads,
             window=new.window,
-            **find_family(new.family, "The recipe's model.family").attention_traits(),
+            **find_family(family, "The recipe's model.family").attention_traits(),
         ),
-        feed_forward=FeedForwardConfig(new.hidden),
+        feed_forward=feed_forward,
         vocab_size=tokenizer.size,
         width=new.width,
         max_positions=new.max_positions or seq_len,
@@ -170,15 +200,19 @@ def with_token_ids(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     return replace(config, extra={**config.extra, **ids, "generation_config": generation})
 
 
-def held_out_loss(source: BatchSource | None, tokenizer: Tokenizer, rows: int) -> Evaluate | None:
-    """An evaluation for the `Trainer`: loss, perplexity and bits per byte on held-out rows."""
-    if source is None:
+def held_out_loss(sources: dict[str, BatchSource], tokenizer: Tokenizer, rows: int) -> Evaluate | None:
+    """An evaluation for the `Trainer`: loss, perplexity and bits per byte on `rows` held-out rows of each source."""
+    if not sources:
         return None
 
     def evaluate(model: Transformer, step: int) -> dict[str, float]:
-        found = evaluate_text(model, source, tokenizer=tokenizer, max_rows=rows)
-        values = {"eval/loss": found.loss, "eval/perplexity": found.perplexity}
-        return values if found.bits_per_byte is None else {**values, "eval/bits_per_byte": found.bits_per_byte}
+        values = {}
+        for name, source in sources.items():
+            found = evaluate_text(model, source, tokenizer=tokenizer, max_rows=rows)
+            values |= {f"{name}/loss": found.loss, f"{name}/perplexity": found.perplexity}
+            if found.bits_per_byte is not None:
+                values[f"{name}/bits_per_byte"] = found.bits_per_byte
+        return values
 
     return evaluate
 

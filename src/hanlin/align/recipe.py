@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from hanlin.core.recipe import Recipe, Section
+from hanlin.parallel.settings import Layout
 from hanlin.train.settings import LoopSettings
 
 
@@ -17,6 +18,20 @@ class SavedModel(Section):
 
     kind: Literal["saved"] = "saved"
     path: Annotated[Path, Field(description="model folder")]
+
+
+class NewExperts(Section):
+    """A mixture of experts in the place of each layer's feed-forward (its `hidden` then goes unused)."""
+
+    count: Annotated[int, Field(gt=1, description="experts of a layer")] = 8
+    top_k: Annotated[int, Field(gt=0, description="experts a token goes through")] = 2
+    hidden: Annotated[int, Field(gt=0, description="units of one expert")] = 128
+
+    @model_validator(mode="after")
+    def _enough(self) -> "NewExperts":
+        if self.top_k > self.count:
+            raise ValueError(f"a token cannot go through {self.top_k} of {self.count} experts")
+        return self
 
 
 class NewModel(Section):
@@ -32,6 +47,7 @@ class NewModel(Section):
     kv_heads: Annotated[int, Field(gt=0, description="key/value heads; divides heads")] = 1
     head_dim: Annotated[int | None, Field(gt=0, description="None: width / heads")] = None
     hidden: Annotated[int, Field(gt=0, description="units of the feed-forward")] = 512
+    experts: Annotated[NewExperts | None, Field(description="saved as qwen3_moe or mixtral")] = None
     tied: Annotated[bool, Field(description="output head = embeddings")] = True
     window: Annotated[int | None, Field(gt=0, description="sliding window (mistral); None: see everything")] = None
     rope_theta: Annotated[float, Field(gt=0)] = 10_000.0
@@ -45,6 +61,8 @@ class NewModel(Section):
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}; give head_dim")
         if self.window is not None and self.family != "mistral":
             raise ValueError(f"a sliding window belongs to the family mistral, not {self.family}")
+        if self.experts is not None and self.family not in ("qwen3", "mistral"):
+            raise ValueError(f"experts belong to the families qwen3 and mistral, not {self.family}")
         return self
 
 
@@ -65,6 +83,34 @@ class CausalLmObjective(Section):
     ]
     held_out_rows: Annotated[int, Field(gt=0, description="rows of an evaluation during training")] = 64
     seq_len: Annotated[int, Field(gt=1, description="tokens a row")] = 256
+
+
+class ContinuedObjective(Section):
+    """Continued pretraining: new text of a domain, mixed with general text so that little is forgotten.
+
+    Of every 1 + `ratio` rows one is of the domain (the usual ratios are 1 to 10). A tokenizer with more tokens than the
+    model's own grows it, and the rows of the new tokens are trained alone at first.
+    """
+
+    kind: Literal["continued"] = "continued"
+    domain: Annotated[list[Shards], Field(min_length=1, description="what is to be learnt")]
+    general: Annotated[list[Shards], Field(default_factory=list, description="text like what the model was made of")]
+    ratio: Annotated[float, Field(ge=0, description="rows of general text for each of the domain; 0: none")] = 5.0
+    sft: Annotated[list[Path], Field(default_factory=list, description="conversations to mix in, as kind sft reads")]
+    sft_share: Annotated[float, Field(gt=0, lt=1, description="of all rows, where `sft` is given")] = 0.05
+    held_out: Annotated[list[Path], Field(default_factory=list, description="domain shards that are never trained")]
+    held_out_general: Annotated[list[Path], Field(default_factory=list, description="general ones")]
+    held_out_rows: Annotated[int, Field(gt=0, description="rows of an evaluation of each")] = 64
+    new_rows_first: Annotated[
+        float, Field(ge=0, lt=1, description="share of the steps in which only new tokens' rows are trained, before")
+    ] = 0.1
+    seq_len: Annotated[int, Field(gt=1, description="tokens a row")] = 256
+
+    @model_validator(mode="after")
+    def _acts(self) -> "ContinuedObjective":
+        if bool(self.general) != (self.ratio > 0):
+            raise ValueError("`general` and `ratio` belong together: give general shards, or set ratio to 0")
+        return self
 
 
 class SftObjective(Section):
@@ -107,8 +153,11 @@ class TrainRecipe(Recipe):
     seed: int = 0
     tokenizer: Annotated[Path | None, Field(description="tokenizer folder; None: the saved model's own")] = None
     model: Annotated[NewModel | SavedModel, Field(discriminator="kind")] = NewModel()
-    objective: Annotated[CausalLmObjective | SftObjective, Field(discriminator="kind")]
+    objective: Annotated[CausalLmObjective | ContinuedObjective | SftObjective, Field(discriminator="kind")]
     train: TrainChoices = TrainChoices()
+    parallel: Annotated[Layout, Field(description="how several processes share the work (--nproc, torchrun)")] = (
+        Layout()
+    )
 
     @property
     def out(self) -> Path:
@@ -126,4 +175,6 @@ class TrainRecipe(Recipe):
     def _has_tokenizer(self) -> "TrainRecipe":
         if self.tokenizer is None and isinstance(self.model, NewModel):
             raise ValueError("a new model needs `tokenizer`: the folder that `hanlin tokenizer train` wrote")
+        if isinstance(self.objective, ContinuedObjective) and isinstance(self.model, NewModel):
+            raise ValueError("objective `continued` goes on with a trained model: give model {kind: saved, path: ...}")
         return self

@@ -5,7 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hanlin.align.conversations import read_conversations
-from hanlin.align.recipe import CausalLmObjective, NewModel, SftObjective, TrainRecipe
+from hanlin.align.recipe import (
+    CausalLmObjective,
+    ContinuedObjective,
+    NewModel,
+    SftObjective,
+    Shards,
+    TrainRecipe,
+)
 from hanlin.align.sft import sft_examples, usual_epochs
 from hanlin.core.errors import HanlinError
 from hanlin.core.seeds import derive
@@ -21,11 +28,12 @@ from hanlin.tokens import Tokenizer
 
 @dataclass(frozen=True)
 class Data:
-    """What a recipe trains on. epochs: the objective's usual number, if it has one; notes: what was decided or left
-    out, for people."""
+    """What a recipe trains on. held_out: what is never trained, by the name that its loss is logged under; the first is
+    the one that is judged by. epochs: the objective's usual number, if it has one; notes: what was decided or left out,
+    for people."""
 
     source: BatchSource
-    held_out: BatchSource | None
+    held_out: dict[str, BatchSource]
     seq_len: int
     epochs: float | None
     notes: list[str]
@@ -54,37 +62,82 @@ def open_data(recipe: TrainRecipe, tokenizer: Tokenizer, *, quiet: bool = True) 
         )
     if isinstance(objective, SftObjective):
         return _sft_data(recipe, objective, tokenizer, positions, quiet)
+    if isinstance(objective, ContinuedObjective):
+        return _continued_data(recipe, objective, tokenizer, quiet)
     return _causal_lm_data(recipe, objective, tokenizer)
 
 
-def _causal_lm_data(recipe: TrainRecipe, objective: CausalLmObjective, tokenizer: Tokenizer) -> Data:
-    def read(path: Path, purpose: str) -> ShardedText:
+class _Shards:
+    """The shard folders of a recipe as rows of `seq_len` tokens."""
+
+    def __init__(self, recipe: TrainRecipe, tokenizer: Tokenizer, seq_len: int) -> None:
+        self.recipe, self.tokenizer, self.seq_len = recipe, tokenizer, seq_len
+
+    def read(self, path: Path, purpose: str) -> ShardedText:
         return ShardedText(
-            TokenShards(path, tokenizer),
-            seq_len=objective.seq_len,
-            rows_per_step=recipe.train.batch_size,
-            seed=derive(recipe.seed, purpose),
+            TokenShards(path, self.tokenizer),
+            seq_len=self.seq_len,
+            rows_per_step=self.recipe.train.batch_size,
+            seed=derive(self.recipe.seed, purpose),
         )
 
-    def mix(sources: Sequence[ShardedText], weights: Sequence[float], purpose: str) -> BatchSource:
+    def mixed(self, parts: Sequence[Shards], purpose: str) -> tuple[BatchSource, str]:
+        """One source of several weighted ones, and a line about them."""
+        sources = [self.read(part.path, f"{purpose}-{number}") for number, part in enumerate(parts)]
+        return self.mix(sources, [part.weight for part in parts], purpose), _describe(sources)
+
+    def held_out(self, paths: Sequence[Path], purpose: str) -> tuple[BatchSource, str]:
+        """Rows drawn from all of the folders, not their first documents."""
+        kept = [self.read(path, f"{purpose}-{number}") for number, path in enumerate(paths)]
+        return self.mix(kept, [source.rows_per_epoch for source in kept], purpose), _describe(kept)
+
+    def mix(self, sources: Sequence[BatchSource], weights: Sequence[float], purpose: str) -> BatchSource:
         if len(sources) == 1:
             return sources[0]
-        rows, seed = recipe.train.batch_size, derive(recipe.seed, purpose, "mixture")
+        rows, seed = self.recipe.train.batch_size, derive(self.recipe.seed, purpose, "mixture")
         return Mixture(sources, weights, rows_per_step=rows, seed=seed)
 
-    def describe(sources: Sequence[ShardedText]) -> str:
-        tokens, documents = sum(s.shards.tokens for s in sources), sum(s.shards.documents for s in sources)
-        return f"{documents:,} documents, {tokens:,} tokens"
 
-    sources = [read(part.path, f"data-{number}") for number, part in enumerate(objective.shards)]
-    notes = [f"{describe(sources)}; rows of {objective.seq_len} tokens"]
-    held_out = None
-    if objective.held_out:  # rows drawn from all of it, not its first documents
-        kept = [read(path, f"held-out-{number}") for number, path in enumerate(objective.held_out)]
-        notes.append(f"held out: {describe(kept)}")
-        held_out = mix(kept, [source.rows_per_epoch for source in kept], "held-out")
-    source = mix(sources, [part.weight for part in objective.shards], "data")
+def _describe(sources: Sequence[ShardedText]) -> str:
+    tokens, documents = sum(s.shards.tokens for s in sources), sum(s.shards.documents for s in sources)
+    return f"{documents:,} documents, {tokens:,} tokens"
+
+
+def _causal_lm_data(recipe: TrainRecipe, objective: CausalLmObjective, tokenizer: Tokenizer) -> Data:
+    shards = _Shards(recipe, tokenizer, objective.seq_len)
+    source, about = shards.mixed(objective.shards, "data")
+    notes = [f"{about}; rows of {objective.seq_len} tokens"]
+    held_out = {}
+    if objective.held_out:
+        held_out["eval"], about = shards.held_out(objective.held_out, "held-out")
+        notes.append(f"held out: {about}")
     return Data(source, held_out, objective.seq_len, None, notes)
+
+
+def _continued_data(recipe: TrainRecipe, objective: ContinuedObjective, tokenizer: Tokenizer, quiet: bool) -> Data:
+    """Domain, general text and conversations, each with its share of the rows."""
+    shards = _Shards(recipe, tokenizer, objective.seq_len)
+    domain, about = shards.mixed(objective.domain, "domain")
+    notes = [f"domain: {about}; rows of {objective.seq_len} tokens"]
+    talk = objective.sft_share if objective.sft else 0.0
+    sources, weights = [domain], [(1 - talk) / (1 + objective.ratio)]
+    if objective.general:
+        general, about = shards.mixed(objective.general, "general")
+        notes.append(f"general: {about}; {objective.ratio:g} rows for each of the domain")
+        sources.append(general)
+        weights.append(1 - talk - weights[0])
+    if objective.sft:
+        conversations = SftObjective(files=objective.sft, seq_len=objective.seq_len)
+        found = _sft_data(recipe, conversations, tokenizer, None, quiet)
+        notes += [f"conversations: {note}" for note in found.notes] + [f"conversations: {talk:.0%} of the rows"]
+        sources.append(found.source)
+        weights.append(talk)
+    held_out = {}
+    for name, paths in (("eval", objective.held_out), ("eval_general", objective.held_out_general)):
+        if paths:
+            held_out[name], about = shards.held_out(paths, "held-out" if name == "eval" else "held-out-general")
+            notes.append(f"held out ({'domain' if name == 'eval' else 'general'}): {about}")
+    return Data(shards.mix(sources, weights, "continued"), held_out, objective.seq_len, None, notes)
 
 
 def _sft_data(
@@ -116,12 +169,12 @@ def _sft_data(
             f"a step takes {rows} rows, more than there are: each stands {rows / source.rows_per_epoch:.3g} times in "
             "every step; a smaller train.batch_size makes more steps of an epoch"
         )
-    held_out = None
+    held_out = {}
     if objective.held_out:
         kept = read_conversations(objective.held_out, bad_rows=objective.bad_rows)
         kept_examples, kept_report = sft_examples(kept.conversations, tokenizer, seq_len=report.seq_len, quiet=quiet)
         notes.extend(f"held out: {line}" for line in kept_report.lines())
         if kept.skipped:
             notes.append(f"held out: {len(kept.skipped):,} rows are skipped, the first: {kept.skipped[0]}")
-        held_out = pack(kept_examples, 0)
+        held_out["eval"] = pack(kept_examples, 0)
     return Data(source, held_out, report.seq_len, usual_epochs(len(examples)), notes)

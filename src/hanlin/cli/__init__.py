@@ -19,12 +19,15 @@ VERBS = {
     "tokenizer": "train a tokenizer; show how it cuts a text",
     "data": "text to token shards (build); what the model will see (preview)",
     "train": "train a model as a recipe says: pretraining, instruction tuning",
+    "runs": "look at run folders: list, show, compare",
     "pull": "bring a model here: a packaged one, one of a hub, a GGUF file",
     "model": "show a model folder, or make a new one with random weights",
     "generate": "continue a prompt",
     "chat": "talk to a model in the terminal",
     "serve": "an OpenAI-compatible server with a chat page",
     "eval": "held-out loss, perplexity and bits per byte; samples",
+    "plan": "what a run will cost: memory, communication, time, money, the layout that fits; what a machine serves",
+    "scaling": "fit a scaling law to your own runs",
     "schema": "the JSON Schema of a recipe, for editors",
 }
 

@@ -42,15 +42,15 @@ def choose_device(name: str = "auto") -> "torch.device":
 
 
 def choose_dtype(precision: str, device: "torch.device") -> "torch.dtype":
-    """`fp32` and `bf16` as they say; `auto`: bf16 where it is faster (CPU: measured) or has its own units (CUDA)."""
+    """Of the activations: `fp32`, `bf16` and `fp16` as they say; `fp8`: bf16, around matrix products in 8 bits; `auto`:
+    bf16 where it is faster (CPU: measured) or has its own units (CUDA)."""
     import torch
 
-    if precision == "fp32":
-        return torch.float32
-    if precision == "bf16":
-        return torch.bfloat16
+    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+    if precision in named:
+        return named[precision]
     if precision != "auto":
-        raise HanlinError(f"Unknown precision `{precision}`; it is one of: auto, fp32, bf16.")
+        raise HanlinError(f"Unknown precision `{precision}`; it is one of: auto, {', '.join(named)}.")
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return torch.bfloat16 if cpu_speedup_of_bf16() >= FASTER else torch.float32

@@ -32,11 +32,11 @@ def atomic_path(path: str | os.PathLike[str]) -> Generator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f"{TEMPORARY}{os.getpid()}-{target.name}")
     try:
-        with _disk_errors(target):
+        with disk_errors(target):
             yield temporary
-            _fsync(temporary)
+            fsync(temporary)
             temporary.replace(target)
-            _fsync(target.parent)
+            fsync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -53,14 +53,14 @@ def atomic_folder(path: str | os.PathLike[str]) -> Generator[Path]:
     temporary = target.with_name(f"{TEMPORARY}{os.getpid()}-{target.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        with _disk_errors(target):
+        with disk_errors(target):
             temporary.mkdir()
             yield temporary
             for file in temporary.rglob("*"):
-                _fsync(file)
-            _fsync(temporary)
-            _move_folder(temporary, target)
-            _fsync(target.parent)
+                fsync(file)
+            fsync(temporary)
+            move_folder(temporary, target)
+            fsync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -102,7 +102,8 @@ def file_hash(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _move_folder(new: Path, target: Path) -> None:
+def move_folder(new: Path, target: Path) -> None:
+    """Rename a finished folder to `target`; one that stands there is exchanged with it in one step, then deleted."""
     if not target.exists():
         new.replace(target)
     elif not _exchange(new, target):
@@ -119,7 +120,8 @@ def _exchange(one: Path, other: Path) -> bool:
     return renameat2 is not None and renameat2(here, os.fsencode(one), here, os.fsencode(other), swap) == 0
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Until the disk holds the file or folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -128,7 +130,8 @@ def _fsync(path: Path) -> None:
 
 
 @contextmanager
-def _disk_errors(target: Path) -> Generator[None]:
+def disk_errors(target: Path) -> Generator[None]:
+    """A full disk inside becomes a `HanlinError` that names `target` and the space left."""
     try:
         yield
     except OSError as error:

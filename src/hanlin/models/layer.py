@@ -133,6 +133,13 @@ class Stack(nn.Module):
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
         """Token vectors x (rows, T, width) -> hidden states, after the last norm."""
+        x = self.begin(x, shared)
+        for layer in self.layers:
+            x = layer(x, shared)
+        return self.end(x)
+
+    def begin(self, x: Tensor, shared: Shared) -> Tensor:
+        """What stands before the first layer."""
         if self.scale is not None:
             x = x * torch.tensor(self.scale, dtype=x.dtype)
         if self.embed_segments is not None:
@@ -142,8 +149,10 @@ class Stack(nn.Module):
             x = x + self.embed_positions(shared.positions).to(x.dtype)
         if self.embed_norm is not None:
             x = self.embed_norm(x)
-        for layer in self.layers:
-            x = layer(x, shared)
+        return x
+
+    def end(self, x: Tensor) -> Tensor:
+        """What stands behind the last layer."""
         return x if self.norm is None else self.norm(x)
 
     def _position_bias(self, layer: LayerConfig) -> PositionBias | None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,15 @@ from hanlin.nn.rope import Rope, block_rope_tables
 from hanlin.nn.routing import Routing
 
 Tables = tuple[Tensor, Tensor]
+
+
+class RowSharing(Protocol):
+    """Ranks that hold the tokens of every row together (`parallel.context`)."""
+
+    def step(self, rows: int, length: int, mask: Mask | None, device: torch.device) -> Cache:
+        """Stands in the place of a cache for a forward pass over this rank's `length` tokens of each row. mask: the
+        caller's, over whole rows."""
+        ...
 
 
 @dataclass

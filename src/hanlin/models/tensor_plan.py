@@ -9,15 +9,17 @@ so are the values that flow between blocks. `parallel.tensor` reads this file; t
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
+from hanlin.models.layer import Layer, Stack
 from hanlin.models.transformer import Transformer
 from hanlin.nn.attention import Attention, CrossAttention
-from hanlin.nn.experts import Experts
+from hanlin.nn.experts import Experts, MixtureOfExperts
 from hanlin.nn.feed_forward import FeedForward
 from hanlin.nn.latent_attention import LatentAttention
+from hanlin.nn.multi_token import Step
 from hanlin.nn.position_bias import RelativeBias
 
 Unit = Literal["heads", "kv_heads", "hidden", "vocabulary"]
@@ -132,13 +134,84 @@ PLAN: dict[type[nn.Module], Block] = {
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """What sequence parallelism (arXiv:2205.05198) changes in a block, by names of children. Between the blocks of a
+    layer each rank has its own tokens; what goes into one is gathered, its partial sums are scattered (`Block.sums`).
+
+    gathers: the first input becomes all tokens, which every rank's share reads; other inputs are as in `Block.inputs`.
+    once: reads gathered tokens, and its gradient is the same on every rank: each gives that of its own tokens.
+    inputs: in the place of `Block.inputs`; beside: the same for all inputs but the first.
+    picks: what comes out for all tokens is cut to this rank's. cuts: so is the first input, which is whole (and has a
+    whole gradient). joins: what comes out of this rank's tokens becomes that of all tokens, with a whole gradient.
+    local: sees this rank's tokens only, and so do the gradients of its parameters: they are summed over the ranks.
+    """
+
+    gathers: tuple[str, ...] = ()
+    once: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+    picks: tuple[str, ...] = ()
+    cuts: tuple[str, ...] = ()
+    joins: tuple[str, ...] = ()
+    local: tuple[str, ...] = ()
+
+
+SEQUENCE: dict[type[nn.Module], Tokens] = {
+    Stack: Tokens(
+        cuts=("embed_positions", "embed_segments"),
+        local=("embed_positions", "embed_segments", "embed_norm", "norm"),
+        joins=("norm",),
+    ),
+    Layer: Tokens(
+        gathers=("self_attn", "cross_attn", "mlp"),
+        local=(
+            "input_layernorm",
+            "post_attention_layernorm",
+            "cross_attention_layernorm",
+            "pre_feedforward_layernorm",
+            "post_feedforward_layernorm",
+        ),
+    ),
+    MixtureOfExperts: Tokens(once=("router",), picks=("shared_gate",), local=("shared_gate",)),
+    Experts: Tokens(beside=(ITSELF,)),
+    LatentAttention: Tokens(once=("q_a_proj", "kv_a_proj_with_mqa"), inputs=("q_b_proj",)),
+    Step: Tokens(cuts=(ITSELF,), local=("enorm", "hnorm", "eh_proj", "norm"), joins=(ITSELF,)),
+    Transformer: Tokens(inputs=("lm_head",)),
+}
+
+
+@dataclass(frozen=True)
 class Part:
     """What a rank holds of a model (`Transformer.part`). layouts: parameter's name -> its layout and how many units the
-    whole has (0: not cut)."""
+    whole has (0: not cut). group: the ranks' process group, None: all. tokens: with sequence parallelism, which tokens
+    are here between the blocks (`parallel.sequence.TokenShares`). summed: parameters whose gradient the ranks sum."""
 
     rank: int
     ranks: int
     layouts: Mapping[str, tuple[Layout, int]] = field(default_factory=dict)
+    group: Any = None
+    tokens: Any = None
+    summed: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where what a rank holds sits in the whole tensor: dimension `dim` is `pieces` equal tensors one behind the other,
+    of each of which the rank has units [start, stop) of `units`."""
+
+    dim: int
+    pieces: int
+    units: int
+    rank: int
+    ranks: int
+
+    @property
+    def start(self) -> int:
+        return share(self.units, self.rank, self.ranks)[0]
+
+    @property
+    def stop(self) -> int:
+        return share(self.units, self.rank, self.ranks)[1]
 
 
 def share(units: int, rank: int, ranks: int) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hanlin.models.config import AttentionConfig, ModelConfig
 from hanlin.models.layer import Layer, Stack, build_model_norm
-from hanlin.models.shared import Shared
+from hanlin.models.shared import RowSharing, Shared
 from hanlin.nn.activations import activation
 from hanlin.nn.attention import Cache
 from hanlin.nn.experts import Experts
@@ -80,6 +80,7 @@ class Transformer(nn.Module):
         self.lm_head = None if head is None else Linear(config.width, config.vocab_size, bias=head.bias)
         self.compute_dtype: torch.dtype | None = None
         self.part: Part | None = None  # what this rank holds of it, if it was cut (`parallel.tensor`)
+        self.context: RowSharing | None = None  # with whom it shares the tokens of a row (`parallel.context`)
         self.reset_parameters()
         if config.tied_embeddings and self.lm_head is not None:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -97,12 +98,12 @@ class Transformer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.model.embed_tokens.weight.device
+        return self._some_weight().device
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the activations."""
-        return self.compute_dtype or self.model.embed_tokens.weight.dtype
+        return self.compute_dtype or self._some_weight().dtype
 
     @property
     def head_weight(self) -> Tensor:
@@ -153,25 +154,43 @@ class Transformer(nn.Module):
             A cache that keeps what was read of it (`Cache.source`) takes its place.
         logits: for every token, for the last one, or not at all (then use `hidden` and `head_weight`).
         """
-        if cache is not None and mask is not None:
-            _check_cached_mask(self.config, mask)
-        kept = cache is not None and cache.source is not None
-        if (source is None and not kept) != (self.encoder is None):
-            needs = "needs `source`, what `encode` returns" if source is None else "has no encoder to give `source`"
-            raise ValueError(f"This model {needs}.")
-        if positions is None:
-            positions = torch.arange(ids.shape[1], device=ids.device)[None] if cache is None else cache.positions
-        reads: Lowered | None = None
-        if source is not None and source_mask is not None:
-            reads = lower(source_mask, ids.shape[1], keys=source.shape[1], dtype=self.dtype, device=ids.device)
-        shared = Shared(
-            positions, ids.shape[1], self.dtype, self.config.max_positions, mask, cache, source, reads, segments
+        shared = self.share(
+            ids, positions=positions, mask=mask, cache=cache, segments=segments, source=source, source_mask=source_mask
         )
         hidden = self.model(self.embed(ids), shared)
         routing = tuple(shared.routing)
         if logits is None:
             return Output(None, hidden, routing)
         return Output(self.logits(hidden if logits == "all" else hidden[:, -1:]), hidden, routing)
+
+    def share(
+        self,
+        ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        mask: Mask | None = None,
+        cache: Cache | None = None,
+        segments: Tensor | None = None,
+        source: Tensor | None = None,
+        source_mask: Mask | None = None,
+    ) -> Shared:
+        """What the layers share while they read `ids` (rows, T), of which only the shape counts; as `forward`."""
+        if cache is not None and mask is not None:
+            _check_cached_mask(self.config, mask)
+        kept = cache is not None and cache.source is not None
+        if (source is None and not kept) != (self.encoder is None):
+            needs = "needs `source`, what `encode` returns" if source is None else "has no encoder to give `source`"
+            raise ValueError(f"This model {needs}.")
+        if cache is None and self.context is not None:
+            cache = self.context.step(*ids.shape, mask, ids.device)
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device)[None] if cache is None else cache.positions
+        reads: Lowered | None = None
+        if source is not None and source_mask is not None:
+            reads = lower(source_mask, ids.shape[1], keys=source.shape[1], dtype=self.dtype, device=ids.device)
+        return Shared(
+            positions, ids.shape[1], self.dtype, self.config.max_positions, mask, cache, source, reads, segments
+        )
 
     def look_ahead(
         self, hidden: Tensor, ids: Tensor, *, positions: Tensor | None = None, mask: Mask | None = None
@@ -199,6 +218,11 @@ class Transformer(nn.Module):
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
         shared = Shared(positions, ids.shape[1], self.dtype, self.config.max_positions, mask)
         return self.encoder(self.embed(ids), shared)
+
+    def _some_weight(self) -> Tensor:
+        """The token vectors; without them, in the middle of a pipeline, any other."""
+        table = getattr(self.model, "embed_tokens", None)
+        return next(self.parameters()) if table is None else table.weight
 
     def _head(self) -> Linear:
         if self.lm_head is None:

@@ -68,7 +68,7 @@ class MixtureOfExperts(nn.Module):
         routing = self.router(x)
         if notes is not None:
             notes.append(routing)
-        y = self.experts(x.flatten(0, -2), routing).view_as(x)
+        y = self.experts(x, routing)
         if self.shared is None:
             return y
         shared = self.shared(x)
@@ -77,9 +77,19 @@ class MixtureOfExperts(nn.Module):
         return y + shared
 
 
+Compute = Callable[[Tensor, Routing], Tensor]  # rows (n, width) and which of the experts here each goes through -> rows
+Exchange = Callable[[Compute, Tensor, Routing], Tensor]
+
+
 class Experts(nn.Module):
     """gate_up_proj (count, 2 * hidden, width), gate first, or without gate up_proj (count, hidden, width);
-    down_proj (count, width, hidden); with `bias` also gate_up_proj_bias or up_proj_bias, and down_proj_bias."""
+    down_proj (count, width, hidden); with `bias` also gate_up_proj_bias or up_proj_bias, and down_proj_bias.
+
+    exchange: where `count` experts are here and others elsewhere (`parallel.expert`): it gets all tokens (n, width) and
+    the routing over all experts, lets rows travel, and calls `compute` with those that came here.
+    """
+
+    exchange: Exchange | None = None
 
     def __init__(
         self,
@@ -110,11 +120,17 @@ class Experts(nn.Module):
         for parameter in self.parameters():
             _ = parameter.normal_(0.0, std) if parameter.dim() == 3 else parameter.zero_()
 
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:  # (tokens, width) -> (tokens, width)
-        if not len(x):
-            return x
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:  # (..., width) -> (..., width)
+        rows = x.flatten(0, -2)
+        y = self.compute(rows, routing) if self.exchange is None else self.exchange(self.compute, rows, routing)
+        return y.view_as(x)
+
+    def compute(self, x: Tensor, routing: Routing) -> Tensor:
+        """x (tokens, width), routing over the `count` experts that are here -> (tokens, width)."""
         names = (self._first, "down_proj", f"{self._first}_bias", "down_proj_bias")
         parameters = [None if p is None else p.to(x.dtype) for p in (getattr(self, name) for name in names)]
+        if not len(x):
+            return _Idle.apply(x, *parameters)
         plan = Dispatch.of(routing, self.count)
         inputs: tuple[Any, ...] = (x, routing.weights.to(x.dtype), *parameters, plan, self._activate, self.scale_input)
         return _Experts.apply(*inputs) if torch.is_grad_enabled() else _run(*inputs)[0]
@@ -242,6 +258,20 @@ class _Experts(torch.autograd.Function):
             if plan.kept is not None:
                 grad_weight *= plan.kept
         return grad_x, grad_weight, grad_first, grad_down, grad_first_bias, grad_down_bias, None, None, None
+
+
+class _Idle(torch.autograd.Function):
+    """No token came: nothing is computed, and the experts' gradients are zeros, not missing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        needed = zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)
+        return gradients[0], *(torch.zeros_like(p) if need else None for p, need in needed)
 
 
 def _activation_slope(activate: Activate, h: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:

@@ -56,10 +56,15 @@ class PackedLinear(nn.Module):
             parameters = [getattr(layer, kind) for layer in layers]
             if any(p is None or p.is_meta for p in parameters):  # what has no memory is packed when it gets some
                 continue
-            buffer = torch.cat([p.data for p in parameters])
-            for parameter, part in zip(parameters, buffer.split([len(p) for p in parameters]), strict=True):
-                parameter.data = part
-            self._buffer_of[kind] = buffer
+            self.lay_in(kind, torch.cat([p.data for p in parameters]))
+
+    def lay_in(self, kind: str, buffer: Tensor) -> None:
+        """The children's `kind` (weight or bias) become views of `buffer` (rows of all of them, ...), which holds their
+        values and may itself be a view of something larger."""
+        parameters = [getattr(layer, kind) for layer in self.projections()]
+        for parameter, part in zip(parameters, buffer.split([len(p) for p in parameters]), strict=True):
+            parameter.data = part
+        self._buffer_of[kind] = buffer
 
     def projections(self) -> list[Linear]:
         """The named children, in the order of the buffer."""

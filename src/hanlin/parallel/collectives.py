@@ -64,6 +64,34 @@ def gather_columns(x: Tensor, sizes: list[int], group: Group) -> Tensor:
     return torch.cat([part[..., :size] for part, size in zip(found, sizes, strict=True)], -1)
 
 
+def all_gather(x: Tensor, group: Group) -> Tensor:
+    """x of any shape, the same on all ranks -> (ranks, *shape)."""
+    x = x.contiguous()
+    found = x.new_empty(dist.get_world_size(group), *x.shape)
+    _all_gather(found.view(-1), x.view(-1), group=group)
+    return found
+
+
+def reduce_scatter(x: Tensor, group: Group) -> Tensor:
+    """x (ranks, ...): part r of the ranks' sum -> (...) on rank r."""
+    x = x.contiguous()
+    found = x.new_empty(x.shape[1:])
+    _reduce_scatter(found.view(-1), x.view(-1), group=group)
+    return found
+
+
+def _all_gather(found: Tensor, x: Tensor, group: Group) -> None:
+    (dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor)(
+        found, x, group=group
+    )
+
+
+def _reduce_scatter(found: Tensor, x: Tensor, group: Group) -> None:
+    (dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor)(
+        found, x, group=group
+    )
+
+
 class _CopyIn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:

@@ -11,7 +11,7 @@ modules, so that `model(ids)` on every rank gives every rank the same whole logi
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -32,13 +32,15 @@ from hanlin.models.config import (
     ModelConfig,
 )
 from hanlin.models.folder import load_model
-from hanlin.models.tensor_plan import PLAN, Block, Cut, Layout, Once, Part, Partial, share
+from hanlin.models.tensor_plan import PLAN, Block, Cut, Layout, Once, Part, Partial, Piece, share
 from hanlin.models.transformer import Transformer
 from hanlin.nn.attention import Attention
 from hanlin.nn.linear import Linear, PackedLinear
 from hanlin.nn.position_bias import Alibi
-from hanlin.nn.routing import Routing
-from hanlin.parallel.collectives import Group, all_sum, copy_in, gather_columns, gather_out, place, sum_out
+from hanlin.nn.routing import Router
+from hanlin.parallel.collectives import Group, all_sum, gather_columns, place
+from hanlin.parallel.crossing import hang_collectives, hang_tokens, on_gradient, refuse_noise
+from hanlin.parallel.sequence import TokenShares
 from hanlin.parallel.vocabulary import VocabularyEmbedding
 
 
@@ -58,8 +60,11 @@ def local_config(config: ModelConfig, ranks: int) -> ModelConfig:
 
 
 @torch.no_grad()
-def shard(model: Transformer, group: Group = None) -> Transformer:
+def shard(model: Transformer, group: Group = None, *, sequence: bool = False) -> Transformer:
     """Leave this rank's share of a model in it, in place; every rank calls this with the same whole model.
+
+    sequence: between the cut blocks each rank has its own tokens (`parallel.sequence`); what the model takes and gives
+    stays whole.
 
     The cut weights are copies of their own, so the memory of the rest is given back. `model.config` stays the whole
     model's (`local_config` is what a cache is made from), `model.part` says what is here. Row-parallel biases stay on
@@ -73,15 +78,21 @@ def shard(model: Transformer, group: Group = None) -> Transformer:
         return model
     layouts: dict[str, tuple[Layout, int]] = {}
     done: set[int] = set()  # ids of what several modules share
+    tokens = TokenShares(group) if sequence else None
     for name, module in list(model.named_modules()):
         if (block := PLAN.get(type(module))) is not None:
             prefix = f"{name}." if name else ""
             found = _cut_block(module, block, rank, ranks, done, group)
             layouts |= {prefix + inner: layout for inner, layout in found.items()}
-            _hang_collectives(module, block, ranks, model.config.vocab_size, group)
+            hang_collectives(module, block, ranks, model.config.vocab_size, group, tokens)
+        elif isinstance(module, Router):
+            module.register_forward_pre_hook(refuse_noise)
     start, _ = share(model.config.vocab_size, rank, ranks)
-    model.model.embed_tokens = VocabularyEmbedding(model.model.embed_tokens.weight, start, group)
-    model.part = Part(rank, ranks, layouts)
+    model.model.embed_tokens = VocabularyEmbedding(model.model.embed_tokens.weight, start, group, tokens)
+    summed = {name for name, (layout, _) in layouts.items() if isinstance(layout, Partial)}
+    if tokens is not None:
+        summed |= hang_tokens(model, group, tokens)
+    model.part = Part(rank, ranks, layouts, group, tokens, frozenset(summed))
     model.register_state_dict_pre_hook(_refuse_saving)
     return model
 
@@ -125,6 +136,55 @@ def gather(
         if tensor is not None:
             whole[name] = tensor
     return whole
+
+
+def replicated(model: Transformer) -> set[str]:
+    """Names of the parameters that every tensor rank holds whole, with the same gradient: of the ranks' gradients a
+    global norm counts one. What some ranks share (`copies`) is not among them."""
+    layouts = {} if model.part is None else model.part.layouts
+    whole = (Partial(), 0)
+    return {name for name, _ in model.named_parameters() if isinstance(layouts.get(name, whole)[0], Partial)}
+
+
+def copies(model: Transformer) -> dict[str, int]:
+    """How many ranks of the tensor group hold the same numbers of each parameter here, with the same gradient: all,
+    one, or, where there are fewer key heads than ranks, those that share one. A global norm counts 1 / copies of each.
+    """
+    ranks, whole = (1, set()) if model.part is None else (model.part.ranks, replicated(model))
+    found = {}
+    for name, _ in model.named_parameters():
+        layout, units = (Partial(), 0) if model.part is None else model.part.layouts.get(name, (Partial(), 0))
+        shared = max(1, ranks // units) if isinstance(layout, Cut) else 1
+        found[name] = ranks if name in whole else shared
+    return found
+
+
+def cut_of(model: Transformer, name: str) -> Piece | None:
+    """Where what this rank holds of a parameter sits in the whole one; None: it is the whole one, here or (a bias of
+    summed outputs) on rank 0 alone."""
+    if model.part is None:
+        return None
+    layout, units = model.part.layouts.get(name, (Partial(), 0))
+    return (
+        Piece(layout.dim, layout.pieces, units, model.part.rank, model.part.ranks) if isinstance(layout, Cut) else None
+    )
+
+
+def cut_tensor(whole: Tensor, layout: Cut | Piece, units: int, rank: int, ranks: int) -> Tensor:
+    """A rank's share of a whole tensor, in memory of its own."""
+    start, stop = share(units, rank, ranks)
+    pieces = whole.unflatten(layout.dim, (layout.pieces, units, -1)).narrow(layout.dim + 1, start, stop - start)
+    return pieces.flatten(layout.dim, layout.dim + 2).clone(memory_format=torch.contiguous_format)
+
+
+def join_tensors(parts: Sequence[Tensor], layout: Cut | Piece, units: int) -> Tensor:
+    """The whole of the shares of all ranks, in their order; of ranks that share a unit the first counts."""
+    kept: dict[tuple[int, int], Tensor] = {}
+    for rank, part in enumerate(parts):
+        start, stop = share(units, rank, len(parts))
+        kept.setdefault((start, stop), part.unflatten(layout.dim, (layout.pieces, stop - start, -1)))
+    whole = torch.cat([kept[where] for where in sorted(kept)], layout.dim + 1)
+    return whole.flatten(layout.dim, layout.dim + 2).contiguous()
 
 
 def _refuse_saving(model: nn.Module, *_: Any) -> None:
@@ -201,11 +261,11 @@ def _cut_block(
         holder = module.get_submodule(owner)
         units = _units(module, parameter, layout) if isinstance(layout, Cut) else 0
         if isinstance(layout, Cut) and id(parameter) not in done:
-            parameter.data = _take(parameter.data, layout, units, rank, ranks)
+            parameter.data = cut_tensor(parameter.data, layout, units, rank, ranks)
             if units < ranks:
-                _on_gradient(parameter, _sum_over_sharers(share(units, rank, ranks)[0], units, group))
+                on_gradient(parameter, _sum_over_sharers(share(units, rank, ranks)[0], units, group))
         elif isinstance(layout, Partial):
-            _on_gradient(parameter, lambda gradient: all_sum(gradient.clone(), group))
+            on_gradient(parameter, lambda gradient: all_sum(gradient.clone(), group))
         elif isinstance(layout, Once) and rank:
             setattr(holder, kind, None)
         done.add(id(parameter))
@@ -231,26 +291,17 @@ def _units(module: nn.Module, tensor: Tensor, cut: Cut) -> int:
     return count if isinstance(count, int) else tensor.shape[cut.dim] // cut.pieces
 
 
-def _take(whole: Tensor, cut: Cut, units: int, rank: int, ranks: int) -> Tensor:
-    """A rank's share, in memory of its own."""
-    start, stop = share(units, rank, ranks)
-    pieces = whole.unflatten(cut.dim, (cut.pieces, units, -1)).narrow(cut.dim + 1, start, stop - start)
-    return pieces.flatten(cut.dim, cut.dim + 2).clone(memory_format=torch.contiguous_format)
-
-
 def _gather_one(tensor: Tensor | None, layout: Layout, units: int, part: Part, group: Group) -> Tensor | None:
     if isinstance(layout, Once):
         return _from_first(tensor, group)
     if not isinstance(layout, Cut) or tensor is None:
         return tensor
-    shares = [share(units, rank, part.ranks) for rank in range(part.ranks)]
-    start, stop = shares[part.rank]
-    last = tensor.unflatten(layout.dim, (layout.pieces, stop - start, -1)).movedim(layout.dim + 1, -1)
-    columns = gather_columns(last, [stop - start for start, stop in shares], group)
-    ends = torch.tensor([stop - start for start, stop in shares]).cumsum(0).tolist()
-    first = dict(zip(reversed(shares), reversed(ends), strict=True))  # of those that share it
-    kept = [columns[..., end - (stop - start) : end] for (start, stop), end in sorted(first.items())]
-    return torch.cat(kept, -1).movedim(-1, layout.dim + 1).flatten(layout.dim, layout.dim + 2).contiguous()
+    sizes = [share(units, rank, part.ranks) for rank in range(part.ranks)]
+    counts = [stop - start for start, stop in sizes]
+    width = tensor.shape[layout.dim] // counts[part.rank]  # of one unit, in all pieces
+    last = tensor.movedim(layout.dim, -1)
+    parts = gather_columns(last, [count * width for count in counts], group).split([c * width for c in counts], -1)
+    return join_tensors([found.movedim(-1, layout.dim) for found in parts], layout, units)
 
 
 def _from_first(tensor: Tensor | None, group: Group) -> Tensor | None:
@@ -260,13 +311,6 @@ def _from_first(tensor: Tensor | None, group: Group) -> Tensor | None:
     return box[0]
 
 
-def _on_gradient(parameter: nn.Parameter, hook: Callable[[Tensor], Tensor]) -> None:
-    wanted = parameter.requires_grad
-    parameter.requires_grad_(True)  # or the hook is refused; it stays if the parameter is trained later
-    parameter.register_hook(hook)
-    parameter.requires_grad_(wanted)
-
-
 def _sum_over_sharers(unit: int, units: int, group: Group) -> Callable[[Tensor], Tensor]:
     def hook(gradient: Tensor) -> Tensor:  # by a collective of all ranks, so that no further groups are needed
         slots = gradient.new_zeros(units, *gradient.shape)
@@ -274,40 +318,3 @@ def _sum_over_sharers(unit: int, units: int, group: Group) -> Callable[[Tensor],
         return all_sum(slots, group)[unit]
 
     return hook
-
-
-def _hang_collectives(module: nn.Module, block: Block, ranks: int, vocabulary: int, group: Group) -> None:
-    """Where values cross between whole and cut."""
-
-    def enter(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(_copied(value, group) for value in arguments)
-
-    def leave_whole(_: nn.Module, __: Any, out: Tensor) -> Tensor:
-        return copy_in(out, group)
-
-    def leave_sum(_: nn.Module, __: Any, out: Tensor) -> Tensor:
-        return sum_out(out, group)
-
-    def leave_columns(_: nn.Module, __: Any, out: Tensor) -> Tensor:
-        return gather_out(out, sizes, group)
-
-    shares = [share(vocabulary, rank, ranks) for rank in range(ranks)]
-    sizes = [stop - start for start, stop in shares]
-    for names, hook in ((block.outputs, leave_whole), (block.sums, leave_sum), (block.gathers, leave_columns)):
-        for child in _children(module, names):
-            child.register_forward_hook(hook)
-    for child in _children(module, block.inputs):
-        child.register_forward_pre_hook(enter)
-
-
-def _children(module: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
-    """Those of the named children that this block has."""
-    found = [module.get_submodule(name) if not name else getattr(module, name, None) for name in names]
-    return [child for child in found if child is not None]
-
-
-def _copied(value: Any, group: Group) -> Any:
-    """Floating-point tensors and router's weights through `copy_in`; anything else carries no gradient here."""
-    if isinstance(value, Routing):
-        return replace(value, weights=copy_in(value.weights, group))
-    return copy_in(value, group) if isinstance(value, Tensor) and value.is_floating_point() else value

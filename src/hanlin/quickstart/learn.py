@@ -20,7 +20,9 @@ ROUNDS = 3  # the fastest counts: what else the machine does for a moment must n
 CHECKPOINTS = 10  # during a stage
 EVALUATIONS = 10  # during pretraining, but at least so many steps apart:
 LEAST_EVAL = 50
-FREE = {"log_every", "eval_every", "save_every", "keep_last", "tensorboard"}  # change no weight
+FREE = {  # change no weight
+    "log_every", "eval_every", "save_every", "keep_last", "trackers", "trackers_online", "background", "monitor_every",
+}  # fmt: skip
 
 
 def plan_stage(recipe: QuickstartRecipe, earlier: list[Done], *, quiet: bool) -> Done:

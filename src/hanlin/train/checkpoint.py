@@ -1,97 +1,152 @@
 """Checkpoints: `checkpoints/step-N/`, whole or absent, verified before a byte of them is believed.
 
+One process (or several that all hold the whole model) writes files that anybody reads:
+
     model.safetensors      weights under their Hugging Face names (a tied head once)
-    optimizer.safetensors  the optimiser's tensors, "NAME/exp_avg" ..., and torch's random states, "random/cpu"
+    optimizer.safetensors  the optimiser's tensors, "NAME/exp_avg" ..., averages, and torch's random states "random/cpu"
     state.json             step, tokens, seconds, what decides the run (settings, data, model), random states
     manifest.json          SHA-256 and size of the three
 
-The folder is written under a temporary name, fsynced and renamed (`core.files.atomic_folder`), so a killed process
-leaves no half of one. What a disk or a person damages later is found by the hashes: then the checkpoint before it is
-taken, and the damaged folder is set aside as `damaged-step-N`. Nothing here is pickle.
+Several processes with a part of the model each write `rank-R.safetensors`, every piece once; the manifest lists them
+and how each piece sits in its whole tensor (`train.sharded`), so that any number of processes reads them (`reader`).
+
+The folder is written under a temporary name, fsynced and renamed, so a killed process leaves no half of one. What a
+disk or a person damages later is found by the hashes: then the checkpoint before it is taken, and the damaged folder is
+set aside as `damaged-step-N`. Nothing here is pickle.
 """
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from hanlin.core.errors import HanlinError
-from hanlin.core.files import atomic_folder, file_hash, read_json
+from hanlin.core.files import TEMPORARY, atomic_folder, disk_errors, fsync, move_folder, read_json
 from hanlin.core.runs import Run
-from hanlin.train.ranks import Ranks
+from hanlin.train.reader import (
+    MANIFEST,
+    MODEL,
+    ONE_FILE_SET,
+    OPTIMIZER,
+    SHARDED,
+    STATE,
+    CheckpointReader,
+    DamagedCheckpointError,
+    name_in_file,
+    open_checkpoint,
+)
+from hanlin.train.sharded import Held, Place
+from hanlin.train.tensor_file import SAFETENSORS_NAMES, write_tensors
 
-FORMAT = 1
-MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
-SAFETENSORS_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
-
-
-class DamagedCheckpointError(HanlinError):
-    """A checkpoint that is not what was written; the text says which file and what is wrong with it."""
+PATIENCE = 1800.0  # seconds that the first process waits for the files of the others
+LEAVING = 10.0  # the same, once the run is being left
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """state: JSON values (see `trainer`); model and optimizer: tensors by name, on the CPU."""
+    """What is to be saved. state: JSON values (see `saving`); held: this process's tensors, by reference."""
 
     state: dict[str, Any]
-    model: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
+    held: Sequence[Held]
 
     @property
     def step(self) -> int:
         return int(self.state["step"])
 
+    def encoded(self) -> bytes:
+        """The state as it is written; a metric's sum may be NaN, so it is JSON that only Python reads."""
+        return json.dumps(self.state, ensure_ascii=False).encode()
 
-def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write all four files into `folder`, atomically. A full disk is a `HanlinError`; what was there before stays."""
+
+def write_checkpoint(folder: Path, step: int, state: bytes, tensors: Mapping[str, Tensor]) -> None:
+    """Write a checkpoint of whole tensors (format 1), atomically. A full disk is a `HanlinError`; what was there before
+    stays."""
+    files: dict[str, dict[str, Tensor]] = {MODEL: {}, OPTIMIZER: {}}
+    for name, tensor in tensors.items():
+        file, key = name_in_file(name)
+        files[file][key] = tensor
     with atomic_folder(folder) as temporary:
-        state = json.dumps(checkpoint.state, ensure_ascii=False).encode()  # a metric's sum may be NaN; read by us only
         (temporary / STATE).write_bytes(state)
-        hashes = {
-            MODEL: write_tensors(temporary / MODEL, checkpoint.model),
-            OPTIMIZER: write_tensors(temporary / OPTIMIZER, checkpoint.optimizer),
-            STATE: hashlib.sha256(state).hexdigest(),
+        hashes = {file: write_tensors(temporary / file, own) for file, own in files.items()}
+        hashes[STATE] = hashlib.sha256(state).hexdigest()
+        about = {
+            file: {"sha256": digest, "bytes": (temporary / file).stat().st_size} for file, digest in hashes.items()
         }
-        files = {
-            name: {"sha256": digest, "bytes": (temporary / name).stat().st_size} for name, digest in hashes.items()
-        }
-        manifest = {"format": FORMAT, "step": checkpoint.step, "files": files}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        _write_manifest(temporary, {"format": ONE_FILE_SET, "step": step, "files": about})
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
-    """A checkpoint whose every hash holds, or `DamagedCheckpointError` that names the file and the difference."""
+def shared_folder(folder: Path) -> Path:
+    """Where the processes of a run write their files before `folder` is there."""
+    return folder.with_name(f"{TEMPORARY}shared-{folder.name}")
+
+
+def write_part(folder: Path, rank: int, tensors: Mapping[str, Tensor]) -> None:
+    """Write this process's tensors for the checkpoint `folder`, and say so to the one that `finish_parts`."""
+    temporary = shared_folder(folder)
     try:
-        manifest = read_json(folder / MANIFEST)
-    except HanlinError as error:
-        raise DamagedCheckpointError(str(error)) from error
+        with disk_errors(folder):
+            file = temporary / part_file(rank)
+            digest = write_tensors(file, tensors)
+            fsync(file)
+            report = temporary / f"{_report(rank)}.new"
+            report.write_text(json.dumps({"sha256": digest, "bytes": file.stat().st_size}))
+            report.replace(temporary / _report(rank))
+    except BaseException:
+        with suppress(OSError):  # an empty file fits on a full disk
+            (temporary / _failure(rank)).touch()
+        raise
+
+
+def finish_parts(
+    folder: Path,
+    step: int,
+    state: bytes,
+    written: Sequence[Sequence[Place]],
+    *,
+    hurried: Callable[[], bool] = lambda: False,
+) -> None:
+    """Wait until every process has written its part, then make the checkpoint `folder` of them, atomically.
+
+    written: of each rank, what is in its file. hurried: whether the others are likely gone. `HanlinError` if one of
+    them failed or does not answer; then nothing stays.
+    """
+    temporary = shared_folder(folder)
     try:
-        version, files = manifest["format"], dict(manifest["files"])
-        expected = {name: (files[name]["bytes"], files[name]["sha256"]) for name in (MODEL, OPTIMIZER, STATE)}
-    except (KeyError, TypeError, ValueError) as error:
-        raise DamagedCheckpointError(f"{folder / MANIFEST} is not the manifest of a checkpoint.") from error
-    if version != FORMAT:
-        raise HanlinError(
-            f"{folder} was written in checkpoint format {version!r}; this version of Hanlin reads format {FORMAT}. "
-            "Continue with the version that wrote it, or start a new run."
-        )
-    for name, (size, digest) in expected.items():
-        _verify(folder / name, size, digest)
-    return Checkpoint(read_json(folder / STATE), load_file(folder / MODEL), load_file(folder / OPTIMIZER))
+        reports = _await_reports(temporary, len(written), hurried)
+        with disk_errors(folder):
+            (temporary / STATE).write_bytes(state)
+            files = {part_file(rank): report for rank, report in enumerate(reports)}
+            files[STATE] = {"sha256": hashlib.sha256(state).hexdigest(), "bytes": len(state)}
+            manifest = {"format": SHARDED, "step": step, "world": len(written), "files": files, "tensors": {}}
+            for rank, places in enumerate(written):
+                for place in places:
+                    about = {"dtype": SAFETENSORS_NAMES[place.dtype], "shape": list(place.shape), "pieces": []}
+                    piece = {"file": part_file(rank), "key": place.name, **place.to_json()}
+                    manifest["tensors"].setdefault(place.name, about)["pieces"].append(piece)
+                (temporary / _report(rank)).unlink()
+            _write_manifest(temporary, manifest)
+            for file in (STATE, MANIFEST):
+                fsync(temporary / file)
+            fsync(temporary)
+            move_folder(temporary, folder)
+            fsync(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def newest_checkpoint(run: Run, notice: Callable[[str], None], *, set_aside: bool = True) -> Checkpoint | None:
+def part_file(rank: int) -> str:
+    """The name of what a process writes."""
+    return f"rank-{rank}.safetensors"
+
+
+def newest_checkpoint(run: Run, notice: Callable[[str], None], *, set_aside: bool = True) -> CheckpointReader | None:
     """The newest whole checkpoint of `run`; None if there is none at all.
 
     A damaged one is passed over with a `notice` that names what is wrong, and set aside so that it is not counted among
@@ -100,7 +155,7 @@ def newest_checkpoint(run: Run, notice: Callable[[str], None], *, set_aside: boo
     damaged: list[tuple[Path, str]] = []
     for _, folder in reversed(run.checkpoints()):
         try:
-            found = read_checkpoint(folder)
+            found = open_checkpoint(folder)
         except DamagedCheckpointError as error:
             damaged.append((folder, str(error)))
             continue
@@ -121,79 +176,48 @@ def prune_checkpoints(run: Run, keep_last: int, best: int | None = None) -> None
     """Delete all but the newest `keep_last` checkpoints and the one of step `best`."""
     for step, folder in run.checkpoints()[:-keep_last]:
         if step != best:
-            doomed = folder.with_name(f".partial-old-{folder.name}")  # gone at once for every reader, then deleted
+            doomed = folder.with_name(f"{TEMPORARY}old-{folder.name}")  # gone at once for every reader, then deleted
             folder.replace(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
 
 
-class Keeper:
-    """The checkpoints of a run that several ranks share: the first writes, prunes and sets aside, the others wait."""
-
-    def __init__(self, run: Run, ranks: Ranks, *, keep_last: int, notice: Callable[[str], None]) -> None:
-        self.run, self._ranks, self._keep_last, self._notice = run, ranks, keep_last, notice
-
-    def newest(self) -> Checkpoint | None:
-        """See `newest_checkpoint`."""
-        if not self._ranks.first:  # what is damaged is set aside before the others look
-            self._ranks.wait()
-        found = newest_checkpoint(self.run, self._notice, set_aside=self._ranks.first)
-        if self._ranks.first:
-            self._ranks.wait()
-        return found
-
-    def save(self, checkpoint: Checkpoint, best: int | None) -> None:
-        """Write, then delete those that are no longer kept; `best` is a step to keep besides."""
-        if self._ranks.first:
-            write_checkpoint(self.run.checkpoint(checkpoint.step), checkpoint)
-            prune_checkpoints(self.run, self._keep_last, best)
-        self._ranks.wait()
-
-    def last_good(self) -> str:
-        """A sentence about where an error can go back to."""
-        there = self.run.checkpoints()
-        if not there:
-            return "There is no checkpoint yet."
-        return f"The last good checkpoint is {there[-1][1]}."
+def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
-def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> str:
-    """Write a safetensors file tensor by tensor; returns its SHA-256, of what was meant to be written.
-
-    Layout: 8 bytes little-endian header length, the header as JSON padded to 8 bytes, the data. Written by hand so that
-    views of one fused buffer need no copy, nothing is held twice, and a full disk is an `OSError`.
-    """
-    header: dict[str, Any] = {}
-    offset = 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": SAFETENSORS_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with Path(path).open("wb") as stream:
-        for piece in (len(text).to_bytes(8, "little"), text):
-            stream.write(piece)
-            digest.update(piece)
-        for tensor in tensors.values():
-            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            stream.write(data)
-            digest.update(data)
-    return digest.hexdigest()
+def _report(rank: int) -> str:
+    return f"rank-{rank}.json"
 
 
-def _verify(file: Path, size: int, digest: str) -> None:
-    if not file.is_file():
-        raise DamagedCheckpointError(f"{file.name} is missing.")
-    found = file.stat().st_size
-    if found != size:
-        raise DamagedCheckpointError(f"{file.name} has {found} bytes, its manifest says {size}.")
-    if file_hash(file) != digest:
-        raise DamagedCheckpointError(f"{file.name} has other contents than its manifest says (SHA-256).")
+def _failure(rank: int) -> str:
+    return f"rank-{rank}.failed"
+
+
+def _await_reports(temporary: Path, world: int, hurried: Callable[[], bool]) -> list[dict[str, Any]]:
+    """What each process says of its file. Files, not a collective: a thread must not come between those of training."""
+    started, missing = time.monotonic(), set(range(world))
+    hurry_from: float | None = None
+    while True:
+        missing = {rank for rank in missing if not (temporary / _report(rank)).exists()}
+        failed = sorted(rank for rank in missing if (temporary / _failure(rank)).exists())
+        if missing == set(failed):
+            break
+        now = time.monotonic()
+        if hurry_from is None and hurried():
+            hurry_from = now
+        if not temporary.is_dir() or now - started > PATIENCE or (hurry_from is not None and now - hurry_from > LEAVING):
+            break
+        time.sleep(0.02)
+    if missing:
+        raise HanlinError(
+            f"The checkpoint was given up: {_listed(missing)} did not write {'its' if len(missing) == 1 else 'their'} "
+            "part. The checkpoint before it stays."
+        )
+    return [read_json(temporary / _report(rank)) for rank in range(world)]
+
+
+def _listed(ranks: set[int]) -> str:
+    return f"process {min(ranks)}" if len(ranks) == 1 else f"the processes {', '.join(map(str, sorted(ranks)))}"
 
 
 def _set_aside(folder: Path) -> Path:

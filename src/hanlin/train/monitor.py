@@ -93,31 +93,24 @@ class Meter:
         finally:
             self.start()
 
-    def metric_sums(self) -> dict[str, float]:
-        """{"loss/sum": ..., "loss/count": ...} of this rank, in an order that every rank shares."""
-        pairs = sorted(self.metrics.items())
-        return {f"{name}/{part}": float(v) for name, pair in pairs for part, v in zip(PARTS, pair, strict=True)}
-
-    def means(self, sums: Mapping[str, float]) -> dict[str, float]:
+    def means(self, metrics: Metrics) -> dict[str, float]:
         """What a line says: `loss` (the objective's own where it has one, else the mean over steps), `grad_norm`, and
-        the objective's metrics. sums: `metric_sums`, summed over ranks."""
+        the objective's metrics. metrics: this meter's, summed over ranks."""
         found = {"loss": self.loss / self.steps, "grad_norm": self.norm / self.steps}
-        for name, (total, count) in _pairs(sums).items():
-            if count:
-                found[name] = total / count
-        return found
+        return found | {name: total / count for name, (total, count) in metrics.items() if count}
 
-    def state(self, sums: Mapping[str, float]) -> dict[str, Any]:
-        """JSON for a checkpoint. sums: `metric_sums`, summed over ranks."""
+    def state(self, metrics: Metrics) -> dict[str, Any]:
+        """JSON for a checkpoint. metrics: this meter's, summed over ranks."""
         plain = {name: getattr(self, name) for name in ("steps", "tokens", "seconds", "loss", "norm")}
-        return plain | {"metrics": dict(sums)}
+        pairs = sorted(metrics.items())
+        sums = {f"{name}/{part}": float(v) for name, pair in pairs for part, v in zip(PARTS, pair, strict=True)}
+        return plain | {"metrics": sums}
 
     def load(self, state: Mapping[str, Any], *, metrics: bool = True) -> None:
         """Take over what `state` gave. metrics: on one rank only, because the sums are all ranks' together."""
         for name in ("steps", "tokens", "seconds", "loss", "norm"):
             setattr(self, name, state[name])
-        pairs = _pairs(state["metrics"])
-        self.metrics = pairs if metrics else dict.fromkeys(pairs, (0.0, 0.0))
+        self.metrics = _pairs(state["metrics"]) if metrics else {}
 
 
 def add_metrics(total: Metrics, more: Metrics) -> None:

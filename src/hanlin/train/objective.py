@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from hanlin.data.batch import Batch
-from hanlin.models.transformer import Transformer
+from hanlin.models.transformer import Output, Transformer
 from hanlin.nn.losses import count_targets
 from hanlin.nn.masks import Causal, Mask, SameDocument
 from hanlin.nn.multi_token import targets_ahead
-from hanlin.train.token_loss import token_loss
+from hanlin.train.token_loss import token_loss, token_sums
 
 Term = tuple[Tensor, str]  # (un-normalised sum with gradient, name of its denominator)
 Metrics = dict[str, tuple[float, float]]  # name -> (sum, count)
@@ -41,10 +41,12 @@ class CausalLM:
 
     ahead: how many further tokens the model predicts (`ModelConfig.predict_ahead`); the mean of their losses joins with
     weight `ahead_weight` (DeepSeek-V3, arXiv:2412.19437, eq. 25).
+    z_loss: weight of the mean of logsumexp(logits)^2 over trained tokens, which keeps logits near 0 (PaLM,
+    arXiv:2204.02311, section 5).
     """
 
-    def __init__(self, *, ahead: int = 0, ahead_weight: float = 0.3) -> None:
-        self.ahead, self.ahead_weight = ahead, ahead_weight
+    def __init__(self, *, ahead: int = 0, ahead_weight: float = 0.3, z_loss: float = 0.0) -> None:
+        self.ahead, self.ahead_weight, self.z_loss = ahead, ahead_weight, z_loss
 
     def count(self, batch: Batch) -> dict[str, float]:
         further = {
@@ -54,13 +56,26 @@ class CausalLM:
         return {"tokens": float(count_targets(batch.targets)), **further}
 
     def loss(self, model: Transformer, batch: Batch) -> tuple[list[Term], Metrics]:
-        mask = document_mask(batch)
-        hidden = model(batch.ids, positions=batch.positions, mask=mask, logits=None).hidden
-        total = token_loss(model, hidden, batch.targets)
+        return self.score(model, self.run(model, batch), batch)
+
+    def run(self, model: Transformer, batch: Batch) -> Output:
+        """The forward pass without the head."""
+        return model(batch.ids, positions=batch.positions, mask=document_mask(batch), logits=None)
+
+    def score(self, model: Transformer, output: Output, batch: Batch) -> tuple[list[Term], Metrics]:
+        """Terms and metrics of what `run` gave. A pipeline calls this on its last stage."""
+        hidden = output.hidden
         trained = float(count_targets(batch.targets))
-        terms: list[Term] = [(total, "tokens")]
-        metrics: Metrics = {"loss": (float(total.detach()), trained)}
+        if self.z_loss:
+            total, squares = token_sums(model, hidden, batch.targets)
+            terms: list[Term] = [(total, "tokens"), (squares * self.z_loss, "tokens")]
+            metrics: Metrics = {"z_loss": (float(squares.detach()), trained)}
+        else:
+            total = token_loss(model, hidden, batch.targets)
+            terms, metrics = [(total, "tokens")], {}
+        metrics["loss"] = (float(total.detach()), trained)
         if self.ahead:
+            mask = document_mask(batch)
             outputs = model.look_ahead(hidden, batch.ids, positions=batch.positions, mask=mask)
             for k, state in enumerate(outputs, start=1):
                 targets = targets_ahead(batch.targets, k, batch.documents)

@@ -1,24 +1,35 @@
 """Which parameter gets which optimiser, and the step over all of them.
 
-    matrices     weights of two dimensions that are neither embedding nor output head
+    matrices     weights of two dimensions that are neither embedding nor output head; stacks of them (experts)
     head         the output head, where it is not the embedding itself
     embeddings   lookup tables
-    vectors      norms and biases
+    vectors      norms, biases and what else there is
 
-AdamW decays matrices and head (embeddings if asked), Muon takes the matrices and leaves the rest to AdamW.
+Matrices and head decay (embeddings if asked). Muon takes the matrices and leaves the rest to AdamW, in 8 bits a state
+the matrices and head alone: where they are few, states are small (arXiv:2110.02861, section 2.3).
+
+Ranks that share parameters step on pieces of them. AdamW and SGD work element by element and do not mind; Muon brings
+matrices together by an `Exchange`; Adafactor needs whole tensors and refuses pieces.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from hanlin.core.errors import HanlinError
-from hanlin.train import settings
-from hanlin.train.muon import Muon
+from hanlin.models.tensor_plan import Cut
+from hanlin.nn.experts import Experts
+from hanlin.train import choices
+from hanlin.train.adafactor import Adafactor
+from hanlin.train.choices import OptimizerChoice
+from hanlin.train.eight_bit import AdamW8bit
+from hanlin.train.muon import Exchange, Muon
 
 Named = dict[str, nn.Parameter]
+Kind = Literal["matrices", "head", "embeddings", "vectors"]
 
 
 @dataclass(frozen=True)
@@ -30,30 +41,45 @@ class ParameterGroups:
     embeddings: Named
     vectors: Named
 
+    def all(self) -> Named:
+        return self.matrices | self.head | self.embeddings | self.vectors
 
-def group_parameters(model: nn.Module) -> ParameterGroups:
-    """Sort the trainable parameters of `model` into the four kinds."""
+
+def parameter_kinds(model: nn.Module) -> dict[str, Kind]:
+    """The kind of each trainable parameter by name. Of a model as it was built: before ranks share its parameters."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    head = id(getattr(model, "head_weight", None))
-    groups = ParameterGroups({}, {}, {}, {})
+    stacks = {id(p) for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
+    head = getattr(model, "lm_head", None)
+    kinds: dict[str, Kind] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if id(parameter) in tables:
-            groups.embeddings[name] = parameter
-        elif id(parameter) == head:
-            groups.head[name] = parameter
-        elif parameter.ndim == 2:
-            groups.matrices[name] = parameter
+            kinds[name] = "embeddings"
+        elif head is not None and parameter is head.weight:
+            kinds[name] = "head"
+        elif name.endswith("bias"):  # of an expert or a head it has two dimensions, and is no matrix
+            kinds[name] = "vectors"
         else:
-            groups.vectors[name] = parameter
-    return groups
+            matrix = parameter.ndim == 2 or (parameter.ndim == 3 and id(parameter) in stacks)
+            kinds[name] = "matrices" if matrix else "vectors"
+    return kinds
+
+
+def group_parameters(model: nn.Module, kinds: Mapping[str, Kind] | None = None) -> ParameterGroups:
+    """Sort the trainable parameters of `model` into the four kinds. kinds: as `parameter_kinds` found them earlier."""
+    kinds = parameter_kinds(model) if kinds is None else kinds
+    found: dict[Kind, Named] = {"matrices": {}, "head": {}, "embeddings": {}, "vectors": {}}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            found[kinds[name]][name] = parameter
+    return ParameterGroups(**found)
 
 
 class Optimizer:
     """One or more `torch.optim` optimisers stepped as one, with a state of named tensors.
 
-    parts: their groups carry `peak`, the rate at factor 1. names: every parameter by name.
+    parts: their groups carry `peak`, the rate at factor 1. names: every parameter (or piece of one) by name.
     """
 
     def __init__(self, parts: list[torch.optim.Optimizer], names: Named) -> None:
@@ -73,7 +99,8 @@ class Optimizer:
             owned = {id(p) for group in part.param_groups for p in group["params"]}
             for name, parameter in self.names.items():
                 if id(parameter) in owned:
-                    found.update({f"{name}/{key}": value for key, value in part.state.get(parameter, {}).items()})
+                    state = part.state.get(parameter, {}).items()
+                    found.update({f"{name}/{key}": value for key, value in state if value is not None})
         return found
 
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -95,36 +122,54 @@ class Optimizer:
 
 
 def build_optimizer(
-    model: nn.Module, choice: settings.AdamW | settings.Muon, lr: float, *, dtype: torch.dtype | None = None
+    model: nn.Module,
+    choice: OptimizerChoice,
+    lr: float,
+    *,
+    dtype: torch.dtype | None = None,
+    pieces: Mapping[str, nn.Parameter] | None = None,
+    kinds: Mapping[str, Kind] | None = None,
+    exchange: Exchange | None = None,
 ) -> Optimizer:
     """The optimiser of a recipe over the trainable parameters of `model` (already on its device).
 
-    dtype: of Muon's products (None: the parameters'). AdamW is torch's fused one on CPU and CUDA.
+    dtype: of Muon's products (None: the parameters'). AdamW and SGD are torch's fused ones on CPU and CUDA.
+    pieces: what to step on, by name, where that is not the parameters themselves (flat shares of ZeRO); a name that is
+    missing has no share here. kinds: of `parameter_kinds`, before the model was laid over ranks. exchange: brings
+    pieces of matrices together, for Muon. `HanlinError` names what is not whole where the optimiser needs it to be.
     """
-    groups = group_parameters(model)
-    names = groups.matrices | groups.head | groups.embeddings | groups.vectors
-    if not names:
+    whole = group_parameters(model, kinds)
+    if not whole.all():
         raise HanlinError("The model has no trainable parameter: every one has requires_grad=False.")
-    if isinstance(choice, settings.Muon):
-        matrices = _group(groups.matrices.values(), lr, choice.weight_decay)
-        rest = [*groups.head.values(), *groups.embeddings.values(), *groups.vectors.values()]
-        muon = Muon(
-            matrices, lr=lr, momentum=choice.momentum, nesterov=choice.nesterov, iterations=choice.iterations,
-            dtype=dtype,
-        ) if matrices else None  # fmt: skip
-        adam = _adamw(_group(rest, lr * choice.adam_lr_ratio, 0.0), choice.betas, choice.eps)
-        return Optimizer([part for part in (muon, adam) if part is not None], names)
-    decayed = [*groups.matrices.values(), *groups.head.values()]
-    plain = [*groups.vectors.values()]
-    (decayed if choice.decay_embeddings else plain).extend(groups.embeddings.values())
-    adam = _adamw(_group(decayed, lr, choice.weight_decay) + _group(plain, lr, 0.0), choice.betas, choice.eps)
-    return Optimizer([adam] if adam is not None else [], names)
+    if pieces is None:
+        groups = whole
+    else:
+        mine = [
+            {name: pieces[name] for name in kind if name in pieces}
+            for kind in (whole.matrices, whole.head, whole.embeddings, whole.vectors)
+        ]
+        groups = ParameterGroups(*mine)
+    parts: list[torch.optim.Optimizer | None]
+    match choice:
+        case choices.AdamW():
+            parts = _build_adamw(groups, choice, lr)
+        case choices.Muon():
+            if exchange is None:
+                _refuse_pieces("muon", model, groups.matrices, whole.matrices)
+            parts = _build_muon(whole, groups, choice, lr, dtype, exchange)
+        case choices.SGD():
+            parts = [_build_sgd(groups, choice, lr)]
+        case choices.Adafactor():
+            _refuse_pieces("adafactor", model, groups.all(), whole.all())
+            parts = [_build_adafactor(groups, choice, lr)]
+    return Optimizer([part for part in parts if part is not None], groups.all())
 
 
 def clip_gradients(parameters: Iterable[Tensor], norm: float, limit: float | None) -> None:
     """Scale all gradients so that their global norm `norm` (see `gradient_norm`) becomes at most `limit`."""
-    if limit is not None and norm > limit:
-        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], limit / (norm + 1e-6))
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if limit is not None and norm > limit and gradients:
+        torch._foreach_mul_(gradients, limit / (norm + 1e-6))
 
 
 @torch.no_grad()
@@ -133,14 +178,89 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
-def _group(parameters: Iterable[nn.Parameter], peak: float, decay: float) -> list[dict]:
+def _group(parameters: Iterable[nn.Parameter], peak: float, decay: float, **more: Any) -> list[dict[str, Any]]:
     members = list(parameters)
-    return [{"params": members, "peak": peak, "lr": peak, "weight_decay": decay}] if members else []
+    return [{"params": members, "peak": peak, "lr": peak, "weight_decay": decay, **more}] if members else []
 
 
-def _adamw(groups: list[dict], betas: tuple[float, float], eps: float) -> torch.optim.AdamW | None:
-    if not groups:
+def _build_adamw(groups: ParameterGroups, choice: choices.AdamW, lr: float) -> list[torch.optim.Optimizer | None]:
+    large = _group([*groups.matrices.values(), *groups.head.values()], lr, choice.weight_decay)
+    rest = _rest(groups, choice, lr)
+    if choice.state_bits == 32:
+        return [_adamw(large + rest, choice.betas, choice.eps)]
+    narrow = AdamW8bit(large, betas=choice.betas, eps=choice.eps) if large else None
+    return [narrow, _adamw(rest, choice.betas, choice.eps)]
+
+
+def _build_muon(
+    whole: ParameterGroups,
+    groups: ParameterGroups,
+    choice: choices.Muon,
+    lr: float,
+    dtype: torch.dtype | None,
+    exchange: Exchange | None,
+) -> list[torch.optim.Optimizer | None]:
+    matrices = dict(groups.matrices)
+    if exchange is not None:  # whoever has no piece of a matrix still takes part in bringing it together
+        matrices = {
+            name: groups.matrices.get(name, nn.Parameter(parameter.detach().new_empty(0)))
+            for name, parameter in whole.matrices.items()
+        }
+    members = _group(matrices.values(), lr, choice.weight_decay, names=list(matrices))
+    muon = Muon(
+        members, lr=lr, momentum=choice.momentum, nesterov=choice.nesterov, iterations=choice.iterations, dtype=dtype,
+        state_bits=choice.state_bits, exchange=exchange,
+    ) if members else None  # fmt: skip
+    other = lr * choice.adam_lr_ratio
+    rest = _group([*groups.head.values(), *groups.vectors.values()], other, 0.0)
+    rest += _group(groups.embeddings.values(), other * choice.embedding_lr_ratio, 0.0)
+    return [muon, _adamw(rest, choice.betas, choice.eps)]
+
+
+def _build_sgd(groups: ParameterGroups, choice: choices.SGD, lr: float) -> torch.optim.SGD | None:
+    members = _group([*groups.matrices.values(), *groups.head.values()], lr, choice.weight_decay)
+    members += _rest(groups, choice, lr)
+    if not members:
         return None
-    devices = {p.device.type for group in groups for p in group["params"]}
-    fused = devices <= {"cpu", "cuda"}
-    return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=fused)
+    return torch.optim.SGD(members, momentum=choice.momentum, nesterov=choice.nesterov, fused=_can_fuse(members))
+
+
+def _build_adafactor(groups: ParameterGroups, choice: choices.Adafactor, lr: float) -> Adafactor | None:
+    members = _group([*groups.matrices.values(), *groups.head.values()], lr, choice.weight_decay, factored=True)
+    tables = _group(groups.embeddings.values(), lr * choice.embedding_lr_ratio, _table_decay(choice), factored=True)
+    members += tables + _group(groups.vectors.values(), lr, 0.0, factored=False)
+    return Adafactor(
+        members, decay_power=choice.decay_power, clip=choice.clip, eps=choice.eps, momentum=choice.momentum,
+        scale_by_weights=choice.scale_by_weights,
+    ) if members else None  # fmt: skip
+
+
+def _rest(groups: ParameterGroups, choice: choices.AdamW | choices.SGD, lr: float) -> list[dict[str, Any]]:
+    """Vectors and embeddings."""
+    tables = _group(groups.embeddings.values(), lr * choice.embedding_lr_ratio, _table_decay(choice))
+    return tables + _group(groups.vectors.values(), lr, 0.0)
+
+
+def _table_decay(choice: choices.AdamW | choices.SGD | choices.Adafactor) -> float:
+    return choice.weight_decay if choice.decay_embeddings else 0.0
+
+
+def _adamw(groups: list[dict[str, Any]], betas: tuple[float, float], eps: float) -> torch.optim.AdamW | None:
+    return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=_can_fuse(groups)) if groups else None
+
+
+def _can_fuse(groups: list[dict[str, Any]]) -> bool:
+    return {p.device.type for group in groups for p in group["params"]} <= {"cpu", "cuda"}
+
+
+def _refuse_pieces(kind: str, model: nn.Module, pieces: Named, whole: Named) -> None:
+    """`HanlinError` with the name of a parameter that this rank has a part of only."""
+    part = getattr(model, "part", None)
+    for name, piece in pieces.items():
+        cut = part is not None and isinstance(part.layouts.get(name, (None, 0))[0], Cut)
+        if not cut and piece is whole[name]:
+            continue
+        how = "cut over the ranks of parallel.tensor" if cut else "shared among ranks (parallel.shard)"
+        raise HanlinError(
+            f"train.optimizer {kind} needs whole matrices, but {name} is {how}. Take adamw or sgd, or another layout."
+        )

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from hanlin.data.batch import Batch, BatchSource
-from hanlin.train.objective import Objective
-from hanlin.train.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -26,17 +24,21 @@ class StepWork:
 
 
 def prepare_step(
-    step: int, source: BatchSource, objective: Objective, ranks: Ranks, micro_batch_size: int | None
+    step: int,
+    source: BatchSource,
+    count: Callable[[Batch], dict[str, float]],
+    share: Callable[[int], tuple[int, int]],
+    micro_batch_size: int | None,
 ) -> StepWork:
-    """Ask for this rank's rows of a step, cut them into micro-batches and count denominators."""
-    start, stop = ranks.share(source.rows_per_step)
+    """Ask for this rank's rows of a step (`share` of all), cut them into micro-batches and count denominators."""
+    start, stop = share(source.rows_per_step)
     batch = source.batch(step, start, stop)
     size = micro_batch_size or len(batch)
     parts = [batch.rows(i, min(i + size, len(batch))) for i in range(0, len(batch), size)]
     denominators: dict[str, float] = {}
     for part in parts:
-        for name, count in objective.count(part).items():
-            denominators[name] = denominators.get(name, 0.0) + count
+        for name, number in count(part).items():
+            denominators[name] = denominators.get(name, 0.0) + number
     return StepWork(step, parts, denominators, batch.tokens)
 
 

@@ -1,7 +1,7 @@
 """What a person and a file see of a run while it goes: a bar with loss, speed and time left, and `metrics.jsonl`."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -25,11 +25,12 @@ class Reporter:
         resumed: int | None,
         spent: float,
         run: Run | None,
-        tensorboard: bool,
+        trackers: Sequence[str],
+        online: bool,
         quiet: bool,
     ) -> None:
         self._bar = Progress(title, total=steps, unit="steps", done=resumed or 0, quiet=quiet)
-        self._trackers = Trackers(run, tensorboard=tensorboard, resume_step=resumed) if run else None
+        self._trackers = Trackers(run, trackers, resume_step=resumed, online=online) if run else None
         self._began = time.perf_counter() - spent
 
     def __enter__(self) -> "Reporter":
@@ -56,6 +57,12 @@ class Reporter:
     def show(self, steps: int = 0, **values: Any) -> None:
         """Move the bar by `steps` and show `values` beside it."""
         self._bar.advance(steps, **values)
+
+    def rewind(self, step: int) -> None:
+        """The run went back to this step: lines past it did not happen."""
+        self._bar.advance(step - self._bar.done)
+        if self._trackers is not None:
+            self._trackers.rewind(step)
 
     def sync(self) -> None:
         """The lines so far are on the disk; call before a checkpoint counts as written."""

@@ -6,38 +6,47 @@ and `steps` where every rate used so far stays what it was (a longer constant or
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-
-from torch import nn
 
 from hanlin.core.errors import HanlinError
 from hanlin.train.schedule import lr_factor
 from hanlin.train.settings import TrainSettings
 
 DECISIVE = ("batch_size", "lr", "optimizer", "schedule", "clip")  # of the settings
+DECISIVE_IF_USED = ("average", "z_loss", "balance", "router_z_loss", "mup_base_width", "tf32")
 
 
 def identity(
-    model: nn.Module, objective: object, data: Mapping[str, Any], settings: TrainSettings, *, seed: int, precision: str
+    objective: object,
+    data: Mapping[str, Any],
+    settings: TrainSettings,
+    *,
+    seed: int,
+    precision: str,
+    config: Any,
+    parameters: Mapping[str, Sequence[Any]],
 ) -> dict[str, Any]:
-    """JSON of what decides the trajectory. data: `BatchSource.fingerprint()`; precision: as resolved, fp32 or bf16."""
+    """JSON of what decides the trajectory. data: `BatchSource.fingerprint()`; precision: as resolved; config: of the
+    model; parameters: of each of the whole model's its shape and whether it is trained."""
     chosen = settings.model_dump(mode="json")
-    config = getattr(model, "config", None)
     value = {
-        "train": {name: chosen[name] for name in DECISIVE} | {"precision": precision},
+        "train": {name: chosen[name] for name in DECISIVE} | _acting(chosen) | {"precision": precision},
         "seed": seed,
         "objective": type(objective).__name__,
         "data": dict(data),
         "model": {
             "config": dataclasses.asdict(config) if dataclasses.is_dataclass(config) else {},
-            "parameters": {
-                n: [*p.shape, "trained" if p.requires_grad else "frozen"] for n, p in model.named_parameters()
-            },
+            "parameters": {name: list(about) for name, about in parameters.items()},
         },
     }
     value["model"]["config"].pop("extra", None)  # changes no number
     return json.loads(json.dumps(value))
+
+
+def _acting(chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the later settings that are in use: a run that never heard of them is the same run."""
+    return {name: chosen[name] for name in DECISIVE_IF_USED if chosen[name]}
 
 
 def refuse_other_run(saved: Mapping[str, Any], now: Mapping[str, Any], folder: str) -> None:

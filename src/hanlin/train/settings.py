@@ -6,63 +6,55 @@ from pydantic import Field, model_validator
 
 from hanlin.core.errors import HanlinError
 from hanlin.core.recipe import Section
+from hanlin.train.choices import (
+    SGD,
+    WSD,
+    Adafactor,
+    AdamW,
+    Average,
+    Constant,
+    Cosine,
+    InverseSqrt,
+    Linear,
+    Muon,
+    Offload,
+    OptimizerChoice,
+    Recompute,
+    Restarts,
+    ScheduleChoice,
+)
+
+__all__ = [
+    "SGD", "WSD", "Adafactor", "AdamW", "BalanceByBias", "BalanceByLoss", "Constant", "Cosine", "InverseSqrt", "Linear",
+    "LoopSettings", "Muon", "Restarts", "Spikes", "TrainSettings",
+]  # fmt: skip
 
 
-class AdamW(Section):
-    """AdamW (arXiv:1711.05101). Matrices decay; norms, biases and, unless asked for, embeddings do not."""
+class BalanceByBias(Section):
+    """Experts kept busy by the router's correction, moved by `rate` after each step (arXiv:2408.15664)."""
 
-    kind: Literal["adamw"] = "adamw"
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    decay_embeddings: bool = False
+    kind: Literal["bias"] = "bias"
+    rate: Annotated[float, Field(gt=0)] = 1e-3
 
 
-class Muon(Section):
-    """Muon (Jordan 2024; arXiv:2502.16982) for the layers' matrices, AdamW for embeddings, head, norms and biases.
+class BalanceByLoss(Section):
+    """Experts kept busy by a loss of this `weight` (arXiv:2101.03961)."""
 
-    `train.lr` is the matrices' rate; adam_lr_ratio times it is AdamW's.
-    """
-
-    kind: Literal["muon"] = "muon"
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    nesterov: bool = True
-    iterations: Annotated[int, Field(ge=1)] = 5
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    adam_lr_ratio: Annotated[float, Field(gt=0)] = 0.5
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
+    kind: Literal["loss"] = "loss"
+    weight: Annotated[float, Field(gt=0)] = 1e-2
 
 
-class Cosine(Section):
-    """Warm-up, then half a cosine down to `floor` times the peak (arXiv:1608.03983)."""
+class Spikes(Section):
+    """What to do when a step's loss or gradient jumps: more than `threshold` robust deviations above its median."""
 
-    kind: Literal["cosine"] = "cosine"
-    warmup: Annotated[float, Field(ge=0, le=1, description="share of all steps")] = 0.02
-    floor: Annotated[float, Field(ge=0, le=1)] = 0.1
-
-
-class WSD(Section):
-    """Warm-up, stable, decay (MiniCPM, arXiv:2404.06395): constant until the last `decay` share, then linear to
-    `floor`."""
-
-    kind: Literal["wsd"] = "wsd"
-    warmup: Annotated[float, Field(ge=0, le=1)] = 0.02
-    decay: Annotated[float, Field(ge=0, le=1)] = 0.3
-    floor: Annotated[float, Field(ge=0, le=1)] = 0.0
-
-    @model_validator(mode="after")
-    def _fits(self) -> "WSD":
-        if self.warmup + self.decay > 1:
-            raise ValueError(f"warmup {self.warmup} and decay {self.decay} together are more than the whole run")
-        return self
-
-
-class Constant(Section):
-    """Warm-up, then constant."""
-
-    kind: Literal["constant"] = "constant"
-    warmup: Annotated[float, Field(ge=0, le=1)] = 0.0
+    action: Annotated[
+        Literal["skip", "rollback"],
+        Field(description="skip: leave the step's rows out; rollback: go back to the newest checkpoint besides"),
+    ] = "skip"
+    window: Annotated[int, Field(ge=8, description="steps that the median is taken over")] = 64
+    threshold: Annotated[float, Field(gt=0)] = 8.0
+    before: Annotated[int, Field(ge=0, description="steps in front of a spike whose rows a rollback leaves out too")] = 1
+    most: Annotated[int, Field(gt=0, description="spikes in one run after which it stops with an error")] = 20
 
 
 class LoopSettings(Section):
@@ -71,13 +63,31 @@ class LoopSettings(Section):
 
     batch_size: Annotated[int, Field(gt=0, description="rows of one optimizer step, over all ranks")] = 16
     micro_batch_size: Annotated[int | None, Field(gt=0, description="rows of one backward; None: all at once")] = None
-    optimizer: Annotated[AdamW | Muon, Field(discriminator="kind")] = AdamW()
-    schedule: Annotated[Cosine | WSD | Constant, Field(discriminator="kind")] = Cosine()
+    optimizer: Annotated[OptimizerChoice, Field(discriminator="kind")] = AdamW()
+    schedule: Annotated[ScheduleChoice, Field(discriminator="kind")] = Cosine()
     clip: Annotated[float | None, Field(gt=0, description="largest global gradient norm; None: no clipping")] = 1.0
     precision: Annotated[
-        Literal["auto", "fp32", "bf16"],
-        Field(description="dtype of the activations over fp32 weights; auto: bf16 where a measurement finds it faster"),
+        Literal["auto", "fp32", "bf16", "fp16", "fp8"],
+        Field(
+            description="dtype of the activations over fp32 weights; auto: bf16 where a measurement finds it faster; "
+            "fp16: with a dynamic loss scale; fp8: bf16 with matrix products in 8 bits (Hopper)"
+        ),
     ] = "auto"
+    tf32: Annotated[bool, Field(description="fp32 matrix products of a GPU in TF32")] = False
+    recompute: Annotated[Recompute, Field(description="activations that backward makes again")] = Recompute()
+    offload: Annotated[Offload | None, Field(description="activations that wait in the CPU's memory")] = None
+    average: Annotated[Average | None, Field(description="an average of the weights (EMA), evaluated and saved")] = None
+    mup_base_width: Annotated[
+        int | None,
+        Field(gt=0, description="muP: rates and initial weights found at this width carry over to this model"),
+    ] = None
+    z_loss: Annotated[float, Field(ge=0, description="weight of mean logsumexp(logits)^2 (PaLM; 1e-4)")] = 0.0
+    balance: Annotated[BalanceByBias | BalanceByLoss | None, Field(description="of experts")] = None
+    router_z_loss: Annotated[float, Field(ge=0, description="weight of the routers' z-loss (ST-MoE; 1e-3)")] = 0.0
+    spikes: Spikes | None = None
+    monitor_every: Annotated[
+        int | None, Field(gt=0, description="steps between update-to-weight ratios and gradient norms by kind")
+    ] = None
     compile: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: Annotated[int, Field(gt=0)] = 10
@@ -87,7 +97,12 @@ class LoopSettings(Section):
     )
     keep_last: Annotated[int, Field(gt=0, description="checkpoints kept")] = 2
     keep_best: Annotated[bool, Field(description="keep the checkpoint with the lowest eval/loss besides")] = False
-    tensorboard: Annotated[bool, Field(description="write TensorBoard files too (extra: track)")] = False
+    background: Annotated[bool, Field(description="write checkpoints while training goes on")] = True
+    trackers: Annotated[
+        list[Literal["tensorboard", "trackio", "wandb", "mlflow"]],
+        Field(default_factory=list, description="write these files into the run folder, too; each is an extra"),
+    ]
+    trackers_online: Annotated[bool, Field(description="let the trackers contact their hosts")] = False
 
     @model_validator(mode="after")
     def _fitting(self) -> "LoopSettings":

@@ -2,7 +2,8 @@
 
     sum over targets of  -log softmax(z)[target],   z = softcap(scale * (W transform(h) + b))
 
-Only trained tokens go through the transform: of a masked row that is one in seven.
+Only trained tokens go through the transform: of a masked row that is one in seven. A model that is cut over ranks
+(`parallel.tensor`) has its rows of W only, and its loss is vocabulary-parallel: equal on every rank.
 """
 
 from typing import TypeVar
@@ -11,28 +12,35 @@ from torch import Tensor
 
 from hanlin.core.errors import HanlinError
 from hanlin.data.batch import Batch
+from hanlin.models.config import HeadConfig
 from hanlin.models.transformer import Transformer
+from hanlin.nn.chunked_head import Head
 from hanlin.nn.losses import IGNORE, linear_cross_entropy
+from hanlin.parallel import vocabulary
 
 Kind = TypeVar("Kind", bound=Batch)
 
 
 def token_loss(model: Transformer, hidden: Tensor, targets: Tensor) -> Tensor:
     """Sum of cross-entropies: hidden (..., width), targets (...) with `IGNORE` -> scalar, fp32 (fp64 for fp64)."""
-    head = model.config.head
-    if head is None:
-        raise HanlinError("This model was made without an output head, so it cannot predict tokens.")
-    if head.transform is not None:
-        keep = targets != IGNORE
-        hidden, targets = hidden[keep], targets[keep]  # (trained, width)
+    said, hidden, targets = _before_head(model, hidden, targets)
+    if model.part is not None:
+        head = _head(model, said)
+        return vocabulary.vocabulary_parallel_loss(hidden, head, targets, model.config.vocab_size, model.part.group)
     return linear_cross_entropy(
-        model.head_hidden(hidden),
-        model.head_weight,
-        targets,
-        bias=model.head_bias,
-        softcap=head.softcap,
-        scale=head.scale,
+        hidden, model.head_weight, targets, bias=model.head_bias, softcap=said.softcap, scale=said.scale
     )
+
+
+def token_sums(model: Transformer, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(what `token_loss` gives, sum over the trained tokens of log(sum exp z)^2): a z-loss is a weight times the second
+    (PaLM, arXiv:2204.02311, section 5). A third more work in the head than `token_loss`: ask for it where it is used.
+    """
+    said, hidden, targets = _before_head(model, hidden, targets)
+    head = _head(model, said)
+    if model.part is None:
+        return vocabulary.token_sums(hidden, head, targets)
+    return vocabulary.vocabulary_parallel_token_sums(hidden, head, targets, model.config.vocab_size, model.part.group)
 
 
 def expect(batch: Batch, kind: type[Kind], objective: object) -> Kind:
@@ -43,3 +51,18 @@ def expect(batch: Batch, kind: type[Kind], objective: object) -> Kind:
             "data of its method (`hanlin.data.corruption.rows`)."
         )
     return batch
+
+
+def _before_head(model: Transformer, hidden: Tensor, targets: Tensor) -> tuple[HeadConfig, Tensor, Tensor]:
+    """The head's config, what its matrix multiplies, and the targets of that."""
+    said = model.config.head
+    if said is None:
+        raise HanlinError("This model was made without an output head, so it cannot predict tokens.")
+    if said.transform is not None:
+        keep = targets != IGNORE
+        hidden, targets = hidden[keep], targets[keep]  # (trained, width)
+    return said, model.head_hidden(hidden), targets
+
+
+def _head(model: Transformer, said: HeadConfig) -> Head:
+    return Head(model.head_weight, model.head_bias, said.softcap, said.scale)

@@ -9,8 +9,8 @@ One optimizer step:
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -18,26 +18,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hanlin.core.device import choose_device, choose_dtype, tune_allocator
+from hanlin.core.device import choose_device, tune_allocator
 from hanlin.core.errors import HanlinError
 from hanlin.core.progress import say
 from hanlin.core.runs import Run
 from hanlin.core.seeds import derive, seed_everything
 from hanlin.data.batch import BatchSource
 from hanlin.models.transformer import Transformer
-from hanlin.train.checkpoint import Keeper
-from hanlin.train.monitor import Meter, add_metrics, peak_flops, synchronise
+from hanlin.parallel.processes import Processes
+from hanlin.parallel.settings import Layout
+from hanlin.train.balance import Balance
+from hanlin.train.cluster import Cluster
+from hanlin.train.ema import EMA
+from hanlin.train.gradient import Gradient
+from hanlin.train.keeper import Keeper
+from hanlin.train.monitor import Meter, peak_flops, synchronise
+from hanlin.train.monitors import Monitors
 from hanlin.train.nonfinite import explain_nonfinite
-from hanlin.train.objective import Metrics, Objective, step_loss
-from hanlin.train.optim import build_optimizer, clip_gradients, gradient_norm
-from hanlin.train.precision import training_mode, widen_weights
+from hanlin.train.objective import Metrics, Objective
+from hanlin.train.optim import build_optimizer, clip_gradients, group_parameters
+from hanlin.train.precision import Precision, training_mode, widen_weights
 from hanlin.train.prefetch import Prefetch, StepWork, prepare_step
-from hanlin.train.ranks import Ranks
+from hanlin.train.reader import CheckpointReader, export_weights, open_checkpoint
+from hanlin.train.refusals import refuse_what_cannot_act
 from hanlin.train.reporting import Reporter
 from hanlin.train.resume import identity, refuse_other_length, refuse_other_run
-from hanlin.train.saving import TrainState, model_tensors, put_back, take_checkpoint, untouched
+from hanlin.train.saving import TrainState, average_of, balance_of, put_back, take_checkpoint, untouched
+from hanlin.train.scaling import LossScale, unscale_gradients
 from hanlin.train.schedule import lr_factor
 from hanlin.train.settings import TrainSettings
+from hanlin.train.spikes import Skips, SpikeDetector, SpikeGuard
 from hanlin.train.stop import StopRequest
 
 Evaluate = Callable[[Transformer, int], dict[str, float]]  # (model, step) -> {"eval/loss": ...}
@@ -57,8 +67,9 @@ class Trainer:
     """Trains `model` in place on `data` until `settings` says so; with a `run` it logs, checkpoints and resumes there.
 
     The model is moved to the device of the settings; half-precision weights become fp32 (bf16 is for activations).
-    evaluate: called without gradients every `eval_every` steps; `metrics.jsonl` gets what it returns.
-    With an initialised torch.distributed group each process takes its rows of every step, and all call `evaluate`.
+    evaluate: called without gradients every `eval_every` steps; `metrics.jsonl` gets what it returns; evaluate_first:
+    and before the first step. With an initialised torch.distributed group every process makes a `Trainer` of the same
+    whole model; `layout` says how they share the work, and all call `evaluate`. The model then holds this rank's part.
     """
 
     def __init__(
@@ -68,25 +79,43 @@ class Trainer:
         data: BatchSource,
         settings: TrainSettings,
         *,
+        layout: Layout | None = None,
         run: Run | None = None,
         seed: int = 0,
         evaluate: Evaluate | None = None,
+        evaluate_first: bool = False,
         title: str = "train",
         quiet: bool = False,
     ) -> None:
         self.objective, self.data, self.settings, self.run = objective, data, settings, run
         self.seed, self.evaluate, self.title, self.quiet = seed, evaluate, title, quiet
+        self.evaluate_first = evaluate_first
         self.steps = settings.planned_steps(data.steps_per_epoch)
         self.device = choose_device(settings.device)
-        self.ranks = Ranks.current(self.device)
-        _refuse_what_cannot_act(settings, data, run, evaluate, self.ranks)
+        self.cluster = Cluster(layout or Layout(), self.device)
+        refuse_what_cannot_act(settings, data, run, evaluate, self.cluster.layout)
         self.model = model.to(self.device)
         widen_weights(self.model)
+        self.precision = Precision.choose(settings.precision, self.device, tf32=settings.tf32)
+        self.cluster.lay(self.model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.keeper = Keeper(run, self.ranks, keep_last=settings.keep_last, notice=say) if run else None
+        self.cluster.replicate(self.model)
+        self.balance = Balance(
+            model, settings.balance, z_loss=settings.router_z_loss, group=self.cluster.mesh.group("replicas")
+        )
+        self.gradient = Gradient(model, objective, self.cluster, self.balance)
+        self.laid = self.cluster.laid(model)
+        self.keeper = run and Keeper(
+            run, Processes.here(), keep_last=settings.keep_last, notice=say, background=settings.background
+        )
         self.state, self.meter = TrainState(), Meter()
+        self.guard = settings.spikes and SpikeGuard(
+            SpikeDetector(settings.spikes.window, settings.spikes.threshold), settings.spikes.action,
+            before=settings.spikes.before, most=settings.spikes.most,
+        )  # fmt: skip
+        self.saved: int | None = None  # the step of the newest checkpoint
         self.about: dict[str, Any] = {}  # what a checkpoint says of its run; filled by `fit`
-        self._use_precision(choose_dtype(settings.precision, self.device))
+        self._prepare_optimizer()
 
     def fit(self) -> TrainResult:
         """Train to the end, from the newest checkpoint of `run` if there is one (bit-exact on CPU).
@@ -94,51 +123,51 @@ class Trainer:
         SIGTERM and Ctrl-C save a checkpoint and return `finished=False`; a second Ctrl-C leaves at once. A non-finite
         loss or gradient raises `HanlinError` with the step, the documents of the batch and the last good checkpoint.
         """
-        saved = resumed = self._begin()
-        quiet = self.quiet or not self.ranks.first
+        resumed = self._begin()
+        quiet = self.quiet or not self.cluster.first
         with (
+            self.keeper or nullcontext(),
             self._training(),
             Reporter(
                 self.title, steps=self.steps, resumed=resumed, spent=self.state.time,
-                run=self.run if self.ranks.first else None, tensorboard=self.settings.tensorboard, quiet=quiet,
+                run=self.run if self.cluster.first else None, trackers=self.settings.trackers,
+                online=self.settings.trackers_online, quiet=quiet,
             ) as report,
             Prefetch(self._prepare, self.steps) as feed,
             StopRequest("" if quiet else "Stopping after this step; Ctrl-C again leaves at once.") as stop,
         ):  # fmt: skip
+            if self.evaluate_first and self.state.step == 0 and resumed is None:
+                self._evaluate(report)
             self.meter.start()
             while self.state.step < self.steps:
-                work = feed.take(self.state.step)
+                work = feed.take(self._data_step())
                 totals, tokens, stopping = self._totals(work, bool(stop))
                 if stopping:
                     break
-                rate = self._step(work, totals, tokens)
+                rate = self._step(work, totals, tokens, report)
+                if rate is None:  # a spike: its rows are left out
+                    continue
                 report.show(1)
                 if self._due(self.settings.log_every, first=True):
                     self._log(report, work, rate)
                 best = self.evaluate is not None and self._due(self.settings.eval_every) and self._evaluate(report)
                 if self.keeper and (best or self._due(self.settings.save_every)):
-                    saved = self._save(report)
-            if self.keeper and saved != self.state.step:
+                    self._save(report)
+            if self.keeper and self.saved != self.state.step:
                 self._save(report)
         return TrainResult(self.state.step, self.state.step == self.steps, dict(self.state.last or {}))
 
     def backward(self, work: StepWork, totals: dict[str, float]) -> tuple[Tensor, Metrics]:
-        """Fill `.grad` with the gradient of the whole step, summed over micro-batches and ranks.
+        """Fill the gradients of the whole step, summed over micro-batches and ranks (`train.gradient`); with a loss
+        scale, divided by it again.
 
         totals: the step's denominators over all ranks. Returns the step's loss (a scalar) and this rank's metrics.
         """
-        for parameter in self.parameters:
-            parameter.grad = None
-        shares: list[Tensor] = []
-        metrics: Metrics = {}
-        for part in work.parts:
-            terms, found = self.objective.loss(self.model, part.to(self.device))
-            share = step_loss(terms, totals)
-            share.backward()
-            shares.append(share.detach())
-            add_metrics(metrics, found)
-        self.ranks.sum_gradients(self.parameters)
-        return self.ranks.sum_tensor(torch.stack(shares).sum()), metrics
+        if self.scale is None:
+            return self.gradient(work, totals)
+        loss, metrics = self.gradient(work, totals, self.scale.scale)
+        unscale_gradients(self.cluster.pieces.values(), self.scale.scale)
+        return loss, metrics
 
     def time_steps(self, count: int = 3) -> float:
         """Seconds of one optimizer step: the median of `count`, after one to warm up. Weights, optimiser and random
@@ -146,74 +175,166 @@ class Trainer:
         if self.device.type == "cpu":
             tune_allocator()
         seconds = []
-        with self._training(), untouched(self.model, self.optimizer):
+        with self._training(), self.cluster.published(untouched(self.laid, self.optimizer)):
             for number in range(count + 1):
                 start = time.perf_counter()
                 work = self._prepare(number % self.steps)
                 self.backward(work, self._totals(work, False)[0])
-                clip_gradients(self.parameters, float(gradient_norm(self.parameters)), self.settings.clip)
-                self.optimizer.step(1.0)
+                self._update(float(self.cluster.gradient_norm()), 1.0)
                 synchronise(self.device)
                 seconds.append(time.perf_counter() - start)
         return median(seconds[1:])
+
+    @contextmanager
+    def whole_model(self) -> Generator[Transformer | None]:
+        """The model to keep: whole, with averaged weights where there is an average. Every process enters; None where
+        another one has it. If the model is cut it is put together from the newest checkpoint, on the CPU."""
+        if self.cluster.holds_all:
+            with self._weights_to_keep():
+                yield self.model
+            return
+        if self.run is None:
+            raise HanlinError(
+                "A model that is cut over several processes is put together from a checkpoint: give a run."
+            )
+        whole = None
+        if self.cluster.first:
+            reader = open_checkpoint(self.run.checkpoints()[-1][1])
+            whole = Transformer(self.model.config)
+            whole.load_state_dict(export_weights(reader, average=self.average is not None), strict=False)
+        yield whole
 
     def _begin(self) -> int | None:
         """Seed, or continue from the newest checkpoint; returns its step."""
         if self.device.type == "cpu":
             tune_allocator()
         found = self.keeper.newest() if self.keeper else None
-        seed_everything(derive(self.seed, "train", self.ranks.rank, found.step if found else 0))
+        self.saved = found.step if found else None
+        seed_everything(derive(self.seed, "train", self.cluster.rank, found.step if found else 0))
         if found is not None and self.settings.precision == "auto":  # what was measured then holds now
-            bf16 = found.state["identity"]["train"]["precision"] == "bf16"
-            self._use_precision(torch.bfloat16 if bf16 else torch.float32)
+            self.precision = Precision(found.state["identity"]["train"]["precision"], self.settings.tf32)
+            self._prepare_optimizer()
         order = self.data.fingerprint()
-        now = identity(self.model, self.objective, order, self.settings, seed=self.seed, precision=self.precision)
+        now = identity(
+            self.objective, order, self.settings, seed=self.seed, precision=self.precision.name,
+            config=self.model.config, parameters=self.cluster.described,
+        )  # fmt: skip
         self.about = {"identity": now, "steps": self.steps}
         if found is not None:
             assert self.run is not None
             folder = str(self.run.checkpoint(found.step))
             refuse_other_run(found.state["identity"], now, folder)
             refuse_other_length(self.settings, found.step, found.state["steps"], self.steps, folder)
-            self.state = put_back(found, self.model, self.optimizer, chance=self.ranks.first)
-            self.meter.load(self.state.meter, metrics=self.ranks.first)
+            self._restore(found)
             self._say(f"Continuing {self.title} from {folder}.")
-        self.ranks.broadcast(model_tensors(self.model).values())
-        return found.step if found else None
+        return self.saved
+
+    def _restore(self, found: CheckpointReader) -> None:
+        """Everything as the checkpoint has it."""
+        self.state = put_back(found, self.laid, self.optimizer, chance=self.cluster.first)
+        self.cluster.publish()
+        self.balance.load(balance_of(found, self.balance.state()))
+        if self.average is not None:
+            self.average.load(average_of(found, self.laid, self.average.state()))
+        if self.scale is not None and self.state.loss_scale:
+            self.scale.load(self.state.loss_scale)
+        if self.guard is not None and self.state.spikes:
+            self.guard.load(self.state.spikes)
+        self.meter.load(self.state.meter, metrics=self.cluster.first)
+
+    def _data_step(self) -> int:
+        """The data step that the next optimizer step reads."""
+        skips = self.guard.skips if self.guard else Skips(tuple(self.state.spikes.get("skips", ())))
+        return skips.data_step(self.state.step)
 
     def _totals(self, work: StepWork, stopping: bool) -> tuple[dict[str, float], int, bool]:
         """Denominators, tokens and the wish to stop, over all ranks: one small collective a step."""
         names = sorted(work.denominators)
-        *sums, tokens, stop = self.ranks.sum([*(work.denominators[n] for n in names), work.tokens, float(stopping)])
+        values = [*(work.denominators[n] for n in names), work.tokens, float(stopping)]
+        *sums, tokens, stop = self.cluster.sum_rows(values)
         return dict(zip(names, sums, strict=True)), int(tokens), stop > 0
 
-    def _step(self, work: StepWork, totals: dict[str, float], tokens: int) -> float:
-        """One optimizer step; returns the rate it was made at."""
-        loss, metrics = self.backward(work, totals)
-        norm = gradient_norm(self.parameters)
-        loss_value, norm_value = torch.stack([loss, norm.to(loss.dtype)]).tolist()  # the step's one wait for a GPU
-        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-            raise explain_nonfinite(
-                self.model, self.objective, work.parts, self.device, step=work.step + 1, loss=loss_value,
-                norm=norm_value, last_good=self.keeper.last_good() if self.keeper else "",
-            )  # fmt: skip
-        clip_gradients(self.parameters, norm_value, self.settings.clip)
-        factor = lr_factor(self.settings.schedule, work.step, self.steps)
-        self.optimizer.step(factor)
+    def _step(self, work: StepWork, totals: dict[str, float], tokens: int, report: Reporter) -> float | None:
+        """One optimizer step; returns the rate it was made at, None if a spike kept it from being made."""
+        loss, norm, metrics = self._computed(work, totals)
+        step = self.state.step
+        if self.guard is not None:
+            action = self.guard.judge(step, loss, norm, oldest=self.saved)
+            if action != "ok":
+                self._leave_out(action, loss, norm, report)
+                return None
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            layout = self.cluster.layout
+            with self.cluster.whole():
+                raise explain_nonfinite(
+                    self.model, self.objective, work.parts, self.device, step=step + 1, loss=loss, norm=norm,
+                    last_good=self.keeper.last_good() if self.keeper else "",
+                    trace=layout.pipeline == layout.expert == 1,
+                )  # fmt: skip
+        metrics |= self.balance.finish()
+        factor = lr_factor(self.settings.schedule, step, self.steps)
+        if self.settings.monitor_every is not None and (step + 1) % self.settings.monitor_every == 0:
+            found = self.monitors.gradient_norms()
+            with self.monitors.watch() as ratios:
+                self._update(norm, factor)
+            metrics |= {name: (value, 1.0) for name, value in (found | ratios).items()}
+        else:
+            self._update(norm, factor)
         self.state.step += 1
         self.state.tokens += tokens
-        self.meter.add(tokens, loss_value, norm_value, metrics)
+        self.meter.add(tokens, loss, norm, metrics)
         return self.settings.lr * factor
+
+    def _computed(self, work: StepWork, totals: dict[str, float]) -> tuple[float, float, Metrics]:
+        """Fill the gradients: the loss, the gradient norm, this rank's metrics. fp16: until nothing overflows."""
+        while True:
+            loss, metrics = self.backward(work, totals)
+            norm = self.cluster.gradient_norm()
+            loss_value, norm_value = torch.stack([loss, norm.to(loss.dtype)]).tolist()  # the step's one wait for a GPU
+            if self.scale is not None and math.isfinite(loss_value):
+                self.scale.update(overflowed=not math.isfinite(norm_value))
+                if not math.isfinite(norm_value):  # the same step again, at a smaller scale
+                    self.balance.drop()
+                    continue
+            return loss_value, norm_value, metrics
+
+    def _leave_out(self, action: str, loss: float, norm: float, report: Reporter) -> None:
+        """The step that was computed is a spike: forget it, and with `rollback` what came after the last checkpoint."""
+        assert self.guard is not None
+        self.balance.drop()
+        at = self.state.step
+        if action == "rollback":
+            assert self.keeper is not None
+            with self.meter.paused():
+                found = self.keeper.newest()
+                assert found is not None
+                self._restore(found)
+                report.rewind(self.state.step)
+        back = f"; back to step {self.state.step}" if action == "rollback" else ""
+        self._say(
+            f"Step {at + 1}: loss {loss:.4g}, gradient norm {norm:.4g} are a spike{back}. Left out: data steps "
+            f"{', '.join(map(str, self.guard.skips.steps))}."
+        )
+        self.state.spikes = self.guard.state()
+
+    def _update(self, norm: float, factor: float) -> None:
+        """Clip, and let the optimiser step at `factor` times its rates."""
+        clip_gradients(self.cluster.pieces.values(), norm, self.settings.clip)
+        self.optimizer.step(factor)
+        self.cluster.publish()
+        if self.average is not None:
+            self.average.update()
 
     def _log(self, report: Reporter, work: StepWork, rate: float) -> None:
         with self.meter.paused():
-            means = self.meter.means(self._metric_sums())
+            means = self.meter.means(self.cluster.sum_metrics(self.meter.metrics))
             speed = self.meter.tokens / self.meter.seconds
-            dtype = torch.bfloat16 if self.precision == "bf16" else self.parameters[0].dtype
+            dtype = self.precision.compute_dtype or self.parameters[0].dtype
             flops = speed * self.model.config.flops_per_token(work.length)
             row = {
                 "step": self.state.step, "time": report.elapsed, "tokens": self.state.tokens, "loss": means["loss"],
                 "lr": rate, "grad_norm": means["grad_norm"], "tokens_per_s": speed,
-                "mfu": flops / (self.ranks.world * peak_flops(self.device, dtype)), **means,
+                "mfu": flops / (self.cluster.world * peak_flops(self.device, dtype)), **means,
             }  # fmt: skip
             report.show(loss=row["loss"], tokens_per_s=round(speed))
             self._write(report, row)
@@ -223,7 +344,7 @@ class Trainer:
     def _evaluate(self, report: Reporter) -> bool:
         """Call the evaluation; True if this is the best so far and the best is to be kept."""
         assert self.evaluate is not None
-        with self.meter.paused(), torch.no_grad():
+        with self.meter.paused(), torch.no_grad(), self._weights_to_keep(), self.cluster.whole():
             self.model.eval()
             found = self.evaluate(self.model, self.state.step)
             self.model.train()
@@ -240,20 +361,24 @@ class Trainer:
         self.state.best = {"step": self.state.step, "eval/loss": found["eval/loss"]}
         return True
 
-    def _save(self, report: Reporter) -> int:
-        """Write a checkpoint of this moment; returns its step."""
+    def _save(self, report: Reporter) -> None:
+        """Write a checkpoint of this moment."""
         assert self.keeper is not None
         with self.meter.paused():
             report.sync()
-            self.state.time, self.state.meter = report.elapsed, self.meter.state(self._metric_sums())
+            self.state.time, self.state.meter = (
+                report.elapsed,
+                self.meter.state(self.cluster.sum_metrics(self.meter.metrics)),
+            )
             keep = int(self.state.best["step"]) if self.state.best else None
-            self.keeper.save(take_checkpoint(self.model, self.optimizer, self.state, self.about), keep)
-        return self.state.step
-
-    def _metric_sums(self) -> dict[str, float]:
-        """The objective's sums since the last line, over all ranks."""
-        sums = self.meter.metric_sums()
-        return dict(zip(sums, self.ranks.sum(sums.values()), strict=True))
+            self.state.loss_scale = self.scale.state() if self.scale else {}
+            self.state.spikes = self.guard.state() if self.guard else self.state.spikes
+            checkpoint = take_checkpoint(
+                self.laid, self.optimizer, self.state, self.about, balance=self.balance.state(),
+                average=self.average.state() if self.average else None,
+            )  # fmt: skip
+            self.keeper.save(checkpoint, keep)
+            self.saved = self.state.step
 
     def _write(self, report: Reporter, row: dict[str, Any]) -> None:
         self.state.last = {**(self.state.last or {}), **row}
@@ -265,33 +390,29 @@ class Trainer:
         return every is not None and (step % every == 0 or step == self.steps or (first and step == 1))
 
     def _prepare(self, step: int) -> StepWork:
-        return prepare_step(step, self.data, self.objective, self.ranks, self.settings.micro_batch_size)
+        return prepare_step(step, self.data, self.gradient.count, self.cluster.share, self.settings.micro_batch_size)
 
-    def _use_precision(self, dtype: torch.dtype) -> None:
-        self.precision = "bf16" if dtype == torch.bfloat16 else "fp32"
-        products = dtype if dtype == torch.bfloat16 else None
-        self.optimizer = build_optimizer(self.model, self.settings.optimizer, self.settings.lr, dtype=products)
+    def _prepare_optimizer(self) -> None:
+        """What belongs to the precision: optimiser, loss scale, average."""
+        self.optimizer = build_optimizer(
+            self.model, self.settings.optimizer, self.settings.lr, dtype=self.precision.products,
+            pieces=self.cluster.pieces, kinds=self.cluster.kinds, exchange=self.cluster.exchange(self.model),
+        )  # fmt: skip
+        self.scale = LossScale() if self.precision.scales_loss else None
+        pieces, groups = self.cluster.pieces, vars(group_parameters(self.model, self.cluster.kinds))
+        kinds = {kind: {name: pieces[name] for name in named if name in pieces} for kind, named in groups.items()}
+        self.monitors = Monitors(kinds, shares=self.cluster.shares, total=self.cluster.sum_tensor)
+        average = self.settings.average
+        self.average = EMA(self.cluster.pieces, average.decay, warmup=average.warmup) if average else None
+
+    def _weights_to_keep(self) -> AbstractContextManager[None]:
+        """Inside, the weights are what is evaluated and saved: the average, where there is one."""
+        return nullcontext() if self.average is None else self.cluster.published(self.average.swapped())
 
     def _training(self) -> AbstractContextManager[None]:
-        return training_mode(self.model, bf16=self.precision == "bf16", compile=self.settings.compile)
+        return training_mode(
+            self.model, precision=self.precision, compile=self.settings.compile, recompute=self.settings.recompute
+        )
 
     def _say(self, text: str) -> None:
-        say(text, quiet=self.quiet or not self.ranks.first)
-
-
-def _refuse_what_cannot_act(
-    settings: TrainSettings, data: BatchSource, run: Run | None, evaluate: Evaluate | None, ranks: Ranks
-) -> None:
-    if data.rows_per_step != settings.batch_size:
-        raise HanlinError(
-            f"train.batch_size is {settings.batch_size}, but the data gives {data.rows_per_step} rows a step; "
-            "make the data with the same batch size."
-        )
-    if settings.batch_size % ranks.world:
-        raise HanlinError(f"train.batch_size {settings.batch_size} does not divide among {ranks.world} processes.")
-    if evaluate is None and settings.eval_every is not None:
-        raise HanlinError(
-            "train.eval_every is set, but there is nothing to evaluate on: give held-out data, or unset it."
-        )
-    if run is None and (settings.save_every is not None or settings.tensorboard or settings.keep_best):
-        raise HanlinError("train.save_every, keep_best and tensorboard write files: they need a run folder.")
+        say(text, quiet=self.quiet or not self.cluster.first)

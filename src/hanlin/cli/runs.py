@@ -1,0 +1,123 @@
+"""`hanlin runs list | show | compare`: what run folders tell, as tables and plots."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hanlin.cli.parser import make_parser
+from hanlin.core.errors import HanlinError
+
+CURVES = ("loss", "eval/loss", "grad_norm", "lr", "tokens_per_s")
+
+
+def main(argv: list[str]) -> None:
+    parser = make_parser(
+        "runs",
+        "Look at run folders: what there is, how one went, what two differ in.",
+        examples=[
+            "hanlin runs list",
+            "hanlin runs show runs/pretrain-tiny --png curves.png",
+            "hanlin runs compare runs/a runs/b --png both.png --by tokens",
+            "hanlin runs list --root /data/runs --json",
+        ],
+    )
+    what = parser.add_subparsers(dest="what", required=True, metavar="list | show | compare")
+    listing = what.add_parser("list", help="a line a run, the newest last")
+    listing.add_argument("--root", type=Path, default=Path("runs"), help="folder of run folders (default: runs)")
+    show = what.add_parser("show", help="the recipe, the last values and a curve of one run")
+    show.add_argument("runs", nargs=1, type=Path, metavar="RUN", help="run folder")
+    compare = what.add_parser("compare", help="what the recipes differ in, the values and curves side by side")
+    compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
+    for one in (show, compare):
+        one.add_argument("--png", type=Path, help="write the curves to this file (png, svg, pdf)")
+        one.add_argument("--keys", nargs="+", metavar="KEY", help=f"which curves (default: {', '.join(CURVES)})")
+        one.add_argument("--by", choices=("step", "tokens", "time"), default="step", help="along which axis")
+    for one in (listing, show, compare):
+        one.add_argument("--json", action="store_true", help="print JSON")
+    arguments = parser.parse_args(argv)
+    if arguments.what == "list":
+        _list(arguments.root, arguments.json)
+    else:
+        _compare(arguments)
+
+
+def _list(root: Path, as_json: bool) -> None:
+    from hanlin.train.history import find_runs
+
+    if not root.is_dir():
+        raise HanlinError(f"There is no folder {root}; --root says where the run folders are.")
+    rows = [run.summary() | {"path": str(run.path)} for run in find_runs(root)]
+    if as_json:
+        print(json.dumps(rows, ensure_ascii=False, indent=1))
+        return
+    if not rows:
+        raise HanlinError(f"No run below {root}: none of its folders holds a metrics.jsonl.")
+    titles = ["run", "kind", "step", "tokens", "loss", "eval/loss", "tokens/s", "took", "last written", ""]
+    table = [
+        [
+            row["path"], row["kind"] or "", f"{row['step']}" + (f"/{row['steps']}" if row["steps"] else ""),
+            _count(row["tokens"]), _figure(row["loss"]), _figure(row["eval/loss"]), _count(row["tokens_per_s"]),
+            _duration(row["seconds"]), row["changed"], "finished" if row["finished"] else "",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    _print_table(titles, table, left=(0, 1, 8, 9))
+
+
+def _compare(arguments: Any) -> None:
+    from hanlin.train.history import differences, plot_runs, read_run
+
+    runs = [read_run(path) for path in arguments.runs]
+    known = list(dict.fromkeys(key for run in runs for key in run.names()))
+    keys = arguments.keys or [key for key in CURVES if key in known] or known[:6]
+    if unknown := [key for key in keys if key not in known]:
+        raise HanlinError(f"No run has a curve {unknown[0]!r}; there are: {', '.join(known)}.")
+    changed = differences(runs) if len(runs) > 1 else {}
+    if arguments.json:
+        found = {
+            "runs": [run.summary() | {"path": str(run.path)} for run in runs],
+            "differences": changed,
+            "curves": {key: {str(run.path): run.curve(key, by=arguments.by) for run in runs} for key in keys},
+        }
+        print(json.dumps(found, ensure_ascii=False, indent=1))
+    else:
+        names = [str(run.path) for run in runs]
+        values = [[key, *(_figure(run.last(key)) for run in runs)] for key in known]
+        bests = [["best eval/loss", *(_figure(run.best("eval/loss")) for run in runs)]]
+        _print_table(["last value", *names], values + bests * ("eval/loss" in known), left=(0,))
+        if changed:
+            print()
+            rows = [[key, *(_short(value) for value in found)] for key, found in changed.items()]
+            _print_table(["recipes differ in", *names], rows, left=(0,))
+    if arguments.png:
+        plot_runs(runs, keys, arguments.png, by=arguments.by)
+        if not arguments.json:
+            print(f"\nThe curves are in {arguments.png}.")
+
+
+def _print_table(titles: list[str], rows: list[list[str]], *, left: tuple[int, ...]) -> None:
+    widths = [max(len(row[i]) for row in [titles, *rows]) for i in range(len(titles))]
+    for row in [titles, *rows]:
+        cells = [cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        print("  ".join(cells).rstrip())
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _count(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _short(value: Any) -> str:
+    text = "-" if value is None else str(value)
+    return text if len(text) <= 40 else text[:37] + "..."

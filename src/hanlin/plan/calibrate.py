@@ -1,0 +1,249 @@
+"""Measures what this machine does in a second, for `plan.seconds`: half a minute, once, kept in the user's cache.
+
+Every kind of operation that a training step is made of is run alone, at several sizes, over buffers that are together
+larger than a core's cache, because in a step nobody finds its inputs there. The fastest of several tries counts:
+another process can only make one slower.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from itertools import cycle
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hanlin.core.device import machine_summary, tune_allocator
+from hanlin.core.files import atomic_path
+from hanlin.kernels import train_attention, training
+from hanlin.kernels.cross_entropy import cross_entropy
+from hanlin.models.config import AttentionConfig, FeedForwardConfig, ModelConfig
+from hanlin.plan.seconds import Rates, price
+from hanlin.plan.trace import key_flops, trace_step
+from hanlin.plan.work import Work, open_bench
+
+COLD = 1 << 25  # bytes that a probe's buffers have together
+SIZES = (1 << 13, 1 << 16, 1 << 19, 1 << 22, 1 << 25)  # bytes of a pass
+SHAPES = (
+    (64, 64, 64), (64, 128, 128), (64, 128, 512), (64, 512, 128), (64, 512, 512), (256, 64, 256), (256, 256, 256), (256, 256, 1024), (256, 1024, 256), (256, 2048, 2048),
+    (1024, 256, 256), (1024, 256, 1024), (1024, 1024, 256), (1024, 1024, 1024), (1024, 512, 8192), (1024, 64, 1024),
+    (4096, 256, 512), (4096, 512, 256), (4096, 64, 64), (512, 8192, 512), (8192, 512, 512),
+)  # fmt: skip
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Clock = Callable[[], float]
+VERSION = 1
+
+
+def machine_rates(*, fresh: bool = False, clock: Clock = time.perf_counter) -> Rates:
+    """This machine's rates at the present number of threads: from the cache, or measured (`fresh`: in any case)."""
+    path = _cache()
+    if path.exists() and not fresh:
+        return _read(json.loads(path.read_text()))
+    rates = measure_rates(clock=clock)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as unfinished:
+        Path(unfinished).write_text(json.dumps(_written(rates), indent=1))
+    return rates
+
+
+@torch.no_grad()
+def measure_rates(*, tries: int = 5, clock: Clock = time.perf_counter) -> Rates:
+    """Measure now."""
+    tune_allocator()
+    products: dict[tuple[str, str], list] = {}
+    passes: dict[tuple[str, str], list] = {}
+    attention: dict[tuple[str, str], list] = {}
+    for name, dtype in DTYPES.items():
+        for shape in SHAPES:
+            for kind in ("mm nn", "mm nt", "mm tn"):
+                seconds = _fastest(_product(kind, shape, dtype), tries, clock)
+                products.setdefault((kind, name), []).append((shape, 2.0 * shape[0] * shape[1] * shape[2] / seconds))
+        products["mm tt", name] = products["mm tn", name]
+        for kind, size, work in _passes(dtype):
+            passes.setdefault((kind, name), []).append((size, _fastest(work, tries, clock)))
+        for kind, size, work in _attention(dtype):
+            flops = key_flops((kind, name, size))
+            attention.setdefault((kind, name), []).append((size, flops / _fastest(work, tries, clock)))
+    for name, dtype in DTYPES.items():
+        passes["new shape", name] = [(0, _new_shape(dtype, clock))]
+    for size, work in _truth_values():
+        passes.setdefault(("pointwise", "bool"), []).append((size, _fastest(work, tries, clock)))
+    rates = Rates(products, {k: sorted(v) for k, v in passes.items()}, attention, 0.0, machine_summary())
+    return Rates(rates.products, rates.passes, rates.attention, _overhead(rates, clock), rates.about)
+
+
+def _fastest(works: Iterator[Callable[[], Any]], tries: int, clock: Clock) -> float:
+    """Seconds of the fastest call; each try takes at least half a millisecond."""
+    next(works)()
+    start = clock()
+    next(works)()
+    repeat = max(1, min(200, int(5e-4 / max(clock() - start, 1e-7))))
+    best = float("inf")
+    for _ in range(tries):
+        batch = [next(works) for _ in range(repeat)]
+        start = clock()
+        for work in batch:
+            work()
+        best = min(best, (clock() - start) / repeat)
+    return best
+
+
+def _product(kind: str, shape: tuple[int, int, int], dtype: torch.dtype) -> Iterator[Callable[[], Tensor]]:
+    m, k, n = shape
+    item = torch.empty((), dtype=dtype).element_size()
+    copies = max(1, min(16, COLD // (item * (m * k + k * n + m * n))))
+
+    def one() -> Callable[[], Tensor]:
+        a = torch.randn(k, m).to(dtype).T if kind[3] == "t" else torch.randn(m, k).to(dtype)
+        b = torch.randn(n, k).to(dtype).T if kind[4] == "t" else torch.randn(k, n).to(dtype)
+        return lambda: a @ b
+
+    return cycle([one() for _ in range(copies)])
+
+
+def _new_shape(dtype: torch.dtype, clock: Clock) -> float:
+    """Seconds that a product takes longer the first time that it has so many rows: oneDNN makes code for it. Rows of an
+    expert are seldom as many as in the step before."""
+    a, b = torch.randn(400, 256).to(dtype), torch.randn(256, 256).to(dtype)
+
+    def timed(rows: int) -> float:
+        start = clock()
+        a[:rows] @ b
+        return clock() - start
+
+    first, again = zip(*((timed(rows), timed(rows)) for rows in range(211, 251)), strict=True)
+    return max(0.0, median(first) - median(again))
+
+
+def _passes(dtype: torch.dtype) -> Iterator[tuple[str, int, Iterator[Callable[[], Any]]]]:
+    """(kind, bytes read and written, calls)."""
+    item = torch.empty((), dtype=dtype).element_size()
+    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
+    width = 512
+    for size in SIZES:
+        n = size // item // width * width or width
+        bytes_of = n * item
+        copies = max(1, min(32, COLD // (2 * bytes_of)))
+        xs = [torch.randn(n).to(dtype) for _ in range(copies)]
+        ys = [torch.randn(n).to(dtype) for _ in range(copies)]
+        rows = [x.view(-1, width) for x in xs]
+        index = torch.randint(0, n // width, (n // width,))
+        yield "fill", bytes_of, cycle([lambda x=x: torch.zeros_like(x) for x in xs])
+        yield "copy", bytes_of + bytes_of * 4 // item // 2 * (1 if other == torch.bfloat16 else 2), cycle(
+            [lambda x=x: x.to(other) for x in xs])  # fmt: skip
+        yield "pointwise", 3 * bytes_of, cycle([lambda x=x, y=y: x + y for x, y in zip(xs, ys, strict=True)])
+        yield "transcendental", 2 * bytes_of, cycle([lambda x=x: torch.sigmoid(x) for x in xs])
+        yield "softmax", 2 * bytes_of, cycle([lambda x=x: torch.softmax(x, -1) for x in rows])
+        yield "reduce", bytes_of, cycle([lambda x=x: x.sum() for x in xs])
+        yield "gather", 2 * bytes_of, cycle([lambda x=x: x.index_select(0, index) for x in rows])
+        yield from _kernel_passes(rows, bytes_of)
+        if dtype == torch.float32:
+            yield "adam", 7 * bytes_of, cycle([_adam(x) for x in xs[: max(1, copies // 4)]])
+            numbers = [torch.randint(0, 64, (n // 2,)) for _ in range(copies)]
+            yield "sort", n // 2 * 24, cycle([lambda x=x: x.sort(stable=True) for x in numbers])
+
+
+def _kernel_passes(rows: list[Tensor], size: int) -> Iterator[tuple[str, int, Iterator[Callable[[], Any]]]]:
+    """Hanlin's own, where they can be built: bytes are those of the first input, as the trace counts them."""
+    width = rows[0].shape[1]
+    if training.swiglu(rows[0]) is None:
+        return
+    ones, half = torch.ones(width), [row[:, : width // 2].contiguous() for row in rows]
+    inverse = torch.ones(len(rows[0]), 1)
+    heads = [row.view(1, -1, width // 64, 64) for row in rows]
+    table = torch.randn(1, heads[0].shape[1], 1, 64).to(rows[0].dtype)
+    targets = torch.zeros(len(rows[0]), dtype=torch.int64)
+    yield "train_swiglu", size, cycle([lambda x=x: training.swiglu(x) for x in rows])
+    yield "train_swiglu_backward", size, cycle(
+        [lambda x=x, g=g: training.swiglu_backward(x, g) for x, g in zip(rows, half, strict=True)])  # fmt: skip
+    yield "train_norm", size, cycle([lambda x=x: training.norm(x, ones, 1e-6) for x in rows])
+    yield "train_norm_backward", size, cycle(
+        [lambda x=x: training.norm_backward(x, ones, inverse, x, of_weight=True) for x in rows])  # fmt: skip
+    yield "train_turn", size, cycle([lambda x=x: training.turn(x, table, table, 1.0) for x in heads])
+    yield "cross_entropy", size, cycle(
+        [lambda x=x: cross_entropy(x, targets, smoothing=0.0, z_loss=0.0, wanted=True) for x in rows])  # fmt: skip
+    if rows[0].dtype == torch.bfloat16:
+        into = torch.zeros(rows[0].shape)
+        yield "train_widen", size, cycle([lambda x=x: training.widen(x, into, add=True) for x in rows])
+
+
+def _attention(dtype: torch.dtype) -> Iterator[tuple[str, tuple[int, int], Iterator[Callable[[], Any]]]]:
+    for rows, length, heads, width in ((8, 128, 4, 32), (4, 256, 4, 64), (1, 1024, 4, 64), (1, 1024, 2, 128), (2, 512, 8, 32)):
+        q, k, v = (torch.randn(rows, length, heads, width).to(dtype) for _ in range(3))
+        pairs = rows * heads * length * (length + 1) // 2
+        if train_attention.usable(q):
+            shape = train_attention.shape_of(q, k, v, None, width**-0.5, causal=True)
+            out, norms = train_attention.attend(q, k, v, None, shape)
+            yield "attention", (pairs, width), cycle(
+                [lambda q=q, k=k, v=v, s=shape: train_attention.attend(q, k, v, None, s)])  # fmt: skip
+            yield "attention back", (pairs, width), cycle([
+                lambda q=q, k=k, v=v, s=shape, o=out, n=norms: train_attention.attend_backward(
+                    q, k, v, None, s, o, n, o)])  # fmt: skip
+        q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+        full = rows * heads * length * length
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        out, sums = flash(q, k, v, 0.0, True)
+        yield "attention torch", (full, width), cycle([lambda q=q, k=k, v=v: flash(q, k, v, 0.0, True)])
+        yield "attention torch back", (full, width), cycle(
+            [lambda q=q, k=k, v=v, o=out, n=sums: back(o, q, k, v, o, n, 0.0, True)])  # fmt: skip
+
+
+def _truth_values() -> Iterator[tuple[int, Iterator[Callable[[], Any]]]]:
+    for size in SIZES:
+        xs = [torch.rand(size) > 0.5 for _ in range(max(1, min(16, COLD // size // 2)))]
+        yield 3 * size, cycle([lambda x=x: x & x for x in xs])
+
+
+def _adam(x: Tensor) -> Callable[[], Any]:
+    weight = torch.nn.Parameter(x.clone())
+    weight.grad = torch.ones_like(weight)
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    return optimizer.step
+
+
+@torch.enable_grad()
+def _overhead(rates: Rates, clock: Clock) -> float:
+    """Seconds of a call beside its work: what a tiny model's step takes more than its operations, for each of them."""
+    config = ModelConfig.uniform(
+        "llama", depth=6, attention=AttentionConfig(4, 4, 32), feed_forward=FeedForwardConfig(384), vocab_size=512,
+        width=128,
+    )  # fmt: skip
+    work = Work(1, 64, precision="fp32")
+    done = trace_step(config, work)
+    bench = open_bench(config, work, torch.device("cpu"))
+    best = float("inf")
+    for _ in range(12):
+        start = clock()
+        bench.step()
+        best = min(best, clock() - start)
+    return max(0.0, best - price(done, rates).total) / done.calls
+
+
+def _cache() -> Path:
+    about = json.dumps([VERSION, machine_summary()], sort_keys=True)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "hanlin" / "rates" / f"{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
+
+
+def _written(rates: Rates) -> dict[str, Any]:
+    tables = {"products": rates.products, "passes": rates.passes, "attention": rates.attention}
+    rows = {name: [[*key, points] for key, points in table.items()] for name, table in tables.items()}
+    return {**rows, "overhead": rates.overhead, "about": dict(rates.about)}
+
+
+def _read(row: dict[str, Any]) -> Rates:
+    def table(name: str) -> dict[tuple[str, str], list]:
+        return {
+            (kind, dtype): [(tuple(at) if isinstance(at, list) else at, value) for at, value in points]
+            for kind, dtype, points in row[name]
+        }
+
+    return Rates(table("products"), table("passes"), table("attention"), row["overhead"], row["about"])
+
+

@@ -1,0 +1,264 @@
+"""How many bytes one optimizer step holds at its fullest moment, by category, on any rank of any layout.
+
+    weights         parameters as they are stored                     loss           logits, their slope, what the head makes
+    gradients       `.grad`                                           buffers        what lives for one operation or layer
+    optimiser       its state                                         communication  what is sent, received or gathered
+    activations     what backward needs, and casts of weights         cache          keys and values (inference)
+
+One process: the model's own code is run on fake tensors (`plan.fake`) and every byte is followed. Where that would be
+long, or where ranks share the work, the step is put together from the intervals of a short model (`plan.segments`):
+a rank holds its layers, its heads and hidden units, its experts, its tokens, and as many micro-batches as its schedule
+keeps in flight. Both ways agree where both can be gone (tests/plan/test_memory.py).
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from hanlin.core.errors import HanlinError
+from hanlin.models.config import AttentionConfig, ExpertsConfig, LayerConfig, ModelConfig
+from hanlin.parallel.settings import Layout
+from hanlin.parallel.tensor import local_config
+from hanlin.plan.ledger import CATEGORIES
+from hanlin.plan.segments import Segments, Sizes, add, cut_step, own_state, planned
+from hanlin.plan.work import Work
+from hanlin.train.choices import Muon
+
+SHORT = 8  # layers up to which the whole model is run
+BUCKET = 1 << 24  # gradient numbers of one collective (`train.ranks`)
+CUBLAS = 32 << 20  # bytes that a Hopper GPU's matrix library keeps (8 MiB before Hopper)
+Way = Literal["whole", "layers"]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """parts: bytes of each category at the fullest moment; moment: where that is; way: how it was found ("whole": every
+    operation followed, "layers": put together); phases: the peak of each part of the step."""
+
+    parts: dict[str, int]
+    moment: str
+    way: Way
+    phases: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def peak(self) -> int:
+        return sum(self.parts.values())
+
+
+def step_memory(
+    config: ModelConfig,
+    work: Work,
+    layout: Layout | None = None,
+    *,
+    stage: int = 0,
+    device: str = "cpu",
+    way: Way | None = None,
+) -> Memory:
+    """The peak of an optimizer step on a rank of pipeline stage `stage`. `work` counts that replica's rows and whole
+    rows' tokens: context and sequence parallelism divide them here.
+
+    device: "cpu" follows Hanlin's CPU kernels, "cuda" what a GPU would run. way None: "whole" where nothing is shared
+    and the model is short.
+    """
+    layout = layout or Layout(data=1)
+    shared = layout.inner * layout.expert > 1 or layout.shard != "none"
+    if not 0 <= stage < layout.pipeline:
+        raise HanlinError(f"Stage {stage} does not exist: the pipeline has {layout.pipeline}.")
+    if way == "whole" and shared:
+        raise HanlinError("A whole run knows one process; with a layout `way` is \"layers\".")
+    if way == "whole" or (way is None and not shared and len(config.layers) <= SHORT):
+        return _whole(config, work, device)
+    return _by_layers(config, work, layout, stage, device)
+
+
+def _whole(config: ModelConfig, work: Work, device: str) -> Memory:
+    with planned(config, work, device) as (fakes, bench):
+        phases: dict[str, int] = {}
+        for _ in range(2):  # the optimiser makes its state in the first
+            bench.step(fakes.stage)
+            own_state(fakes.ledger, bench)
+    ledger = fakes.ledger
+    phases = dict(ledger.phase_peaks)
+    return _finished(ledger.peak_by, ledger.peak_stage, "whole", phases, device)
+
+
+def _by_layers(config: ModelConfig, work: Work, layout: Layout, stage: int, device: str) -> Memory:
+    local = _local(config, layout)
+    work = replace(work, length=_share(work.length, layout.context, "tokens of a row", "context"))
+    segments = cut_step(local, work, device=device, expert_ranks=layout.expert)
+    rank = _Rank(local, work, layout, stage, segments)
+    return rank.memory(device)
+
+
+def _local(config: ModelConfig, layout: Layout) -> ModelConfig:
+    """What one rank of a tensor group computes."""
+    for layer in config.layers:
+        if isinstance(layer.feed_forward, ExpertsConfig):
+            _share(layer.feed_forward.count, layout.expert, "experts", "expert")
+    if layout.tensor == 1:
+        return config
+    vocabulary = -(-config.vocab_size // layout.tensor)
+    return replace(local_config(config, layout.tensor), vocab_size=vocabulary)
+
+
+def _share(count: int, ranks: int, what: str, axis: str) -> int:
+    if count % ranks:
+        raise HanlinError(f"{count} {what} cannot be shared equally by the {ranks} ranks of the axis `{axis}`.")
+    return count // ranks
+
+
+class _Rank:
+    """The step of one rank, interval by interval."""
+
+    def __init__(
+        self, config: ModelConfig, work: Work, layout: Layout, stage: int, segments: Segments
+    ) -> None:
+        self.config, self.work, self.layout, self.segments = config, work, layout, segments
+        self.chunks = [_layers_of(len(config.layers), layout, stage, chunk) for chunk in range(layout.stages_a_rank)]
+        stages = layout.pipeline * layout.stages_a_rank
+        self.first, self.last = stage == 0, stage + (layout.stages_a_rank - 1) * layout.pipeline == stages - 1
+        self.stage = stage
+        self.replicas = (layout.data or 1) * layout.context
+        self.held: Counter[str] = Counter()
+        self.peak, self.peak_by, self.moment = -1, Counter(), ""
+        self.phases: dict[str, int] = {}
+
+    def memory(self, device: str) -> Memory:
+        sizes = self._sizes()
+        divide = self.replicas
+        zero = self.layout.shard
+        self.held["weights"] = sizes.weights // (divide if zero == "zero3" else 1)
+        self.held["optimiser"] = sizes.state // (divide if zero != "none" else 1)
+        self.held["communication"] = self._communication(sizes)
+        self._look("build", 0, Counter())
+        if zero in ("zero1", "zero2"):  # gradients: whole or the share, made as they arrive
+            pass
+        backwards = 0
+        for action in self._schedule():
+            if action == "forward":
+                self._forward(1 if backwards else 0)
+            else:
+                self._backward(min(backwards, 1))
+                backwards += 1
+        self._optimiser(sizes)
+        return _finished(self.peak_by, self.moment, "layers", self.phases, device)
+
+    def _sizes(self) -> Sizes:
+        total = Sizes(0, 0, 0)
+        for index in self._all():
+            total = total + self.segments.sizes[self._place(index)]
+        if self.first:
+            total = total + self.segments.sizes["embed"]
+        if self.last:
+            total = total + self.segments.sizes["head"]
+            if self.config.tied_embeddings and not self.first:
+                total = total + self.segments.sizes["embed"]
+        return total
+
+    def _all(self) -> list[int]:
+        return [index for chunk in self.chunks for index in chunk]
+
+    def _place(self, index: int) -> str:
+        return self.segments.place(index, self.config.layers)
+
+    def _schedule(self) -> list[str]:
+        """Forward and backward passes of whole micro-batches on this rank."""
+        batches, layout = self.work.micro_batches, self.layout
+        ahead = {"naive": 1, "gpipe": batches, "1f1b": layout.pipeline - self.stage}.get(layout.schedule, layout.pipeline)
+        ahead = min(batches, 1 if layout.pipeline == 1 else ahead)
+        passes = ["forward"] * ahead
+        for _ in range(batches - ahead):
+            passes += ["backward", "forward"]
+        return passes + ["backward"] * ahead
+
+    def _forward(self, batch: int) -> None:
+        intervals = self._intervals(batch)
+        if self.first:
+            self._go(intervals["embed"], "forward")
+        for index in self._all():
+            self._go(intervals[f"forward {self._place(index)}"], "forward")
+
+    def _backward(self, batch: int) -> None:
+        intervals = self._intervals(batch)
+        if self.last:
+            self._go(intervals["head"], "loss")
+            self._go(intervals["head back"], "backward")
+        for index in reversed(self._all()):
+            self._go(intervals[f"back {self._place(index)}"], "backward")
+        if self.first and "embed back" in intervals:
+            self._go(intervals["embed back"], "backward")
+
+    def _intervals(self, batch: int) -> dict[str, object]:
+        return self.segments.steps[min(batch, len(self.segments.steps) - 1)]
+
+    def _optimiser(self, sizes: Sizes) -> None:
+        interval = self.segments.optimiser
+        layers = sum(self.segments.sizes[self._place(index)].gradients for index in self._all())
+        choice = self.work.optimizer
+        together = isinstance(choice, Muon) and (choice.nesterov or choice.state_bits == 8)
+        grown = layers - self.segments.counted if together else 0  # the updates of all matrices
+        spike = Counter(interval.spike)
+        spike["buffers"] += grown
+        self._look("optimiser", interval.high + grown, spike)
+
+    def _go(self, interval: object, phase: str) -> None:
+        self._look(phase, interval.high, interval.spike)
+        change = Counter(interval.change)
+        if self.layout.shard in ("zero2", "zero3"):
+            change["gradients"] //= self.replicas
+        add(self.held, change)
+
+    def _look(self, phase: str, high: int, spike: Counter[str]) -> None:
+        now = sum(self.held.values()) + high
+        self.phases[phase] = max(self.phases.get(phase, 0), now)
+        if now > self.peak:
+            self.peak, self.moment = now, phase
+            self.peak_by = Counter(self.held)
+            add(self.peak_by, spike)
+
+    def _communication(self, sizes: Sizes) -> int:
+        """Buffers of collectives and messages, at most."""
+        layout, item = self.layout, self.work.itemsize
+        tokens = self.work.rows * self.work.length
+        total = 0
+        if layout.pipeline > 1:  # one hidden state in, one gradient out
+            total += 2 * tokens * self.config.width * item
+        if layout.context > 1 and layout.context_kind == "ring":  # the next keys and values, while these are used
+            total += 2 * max(tokens * _kv_numbers(layer) * item for layer in self.config.layers)
+        if layout.expert > 1:  # tokens out and back
+            total += 2 * max((tokens * _chosen(layer) * self.config.width * item for layer in self.config.layers))
+        biggest = max(self.segments.sizes[self._place(index)].weights for index in self._all())
+        if layout.shard == "zero3":  # this unit and the next
+            total += 2 * biggest
+        if self.replicas > 1 and sizes.gradients:
+            total += 2 * min(BUCKET * 4, sizes.gradients)
+        return total
+
+
+def _layers_of(depth: int, layout: Layout, stage: int, chunk: int) -> range:
+    """Consecutive layers, as equal as can be: chunk c of rank s is stage c * pipeline + s."""
+    stages = layout.pipeline * layout.stages_a_rank
+    if stages > depth:
+        raise HanlinError(f"{depth} layers cannot fill the {stages} stages of this pipeline.")
+    number = chunk * layout.pipeline + stage
+    return range(number * depth // stages, (number + 1) * depth // stages)
+
+
+def _kv_numbers(layer: LayerConfig) -> int:
+    a = layer.attention
+    if isinstance(a, AttentionConfig):
+        return 2 * a.kv_heads * a.head_dim
+    heads, key, value = a.kv_shape
+    return heads * (key + value)
+
+
+def _chosen(layer: LayerConfig) -> int:
+    return layer.feed_forward.router.top_k if isinstance(layer.feed_forward, ExpertsConfig) else 0
+
+
+def _finished(parts: Counter[str], moment: str, way: Way, phases: dict[str, int], device: str) -> Memory:
+    found = {category: int(parts.get(category, 0)) for category in CATEGORIES}
+    if device == "cuda":
+        found["buffers"] += CUBLAS
+    return Memory(found, moment, way, phases)

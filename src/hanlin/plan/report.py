@@ -1,0 +1,296 @@
+"""A plan as plain values (what `--json` prints and a page draws): nothing here is text for a terminal.
+
+`training_plan`: model, the layouts that fit or the one that was asked for, memory, time, communication, formulas
+beside exact counts, what the compute would best be spent on. `serving_plan`: weights, caches, users, tokens/s.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from hanlin.parallel.settings import Layout
+from hanlin.plan import formulas as f
+from hanlin.plan.closed import Job, closed_memory, frozen_bytes, lora_numbers, micro_batches
+from hanlin.plan.devices import Cluster
+from hanlin.plan.request import Request
+from hanlin.plan.scaling import CHINCHILLA, REPLICATION, rule_of_twenty
+from hanlin.plan.search import RESERVE, Candidate, Found, check_layout, describe_layout, fullest, search
+from hanlin.plan.serving import BYTES, Service, weight_bytes
+from hanlin.plan.step_time import Assumptions, step_time
+from hanlin.plan.volumes import volumes
+
+JsonValue = dict[str, Any]
+
+
+def training_plan(
+    request: Request, cluster: Cluster, *, layout: Layout | None = None, tokens: float | None = None,
+    price: float | None = None, reserve: float = RESERVE, assumed: Assumptions | None = None, fixed_rows: bool = False,
+    recompute: f.Recompute | None = None,
+) -> JsonValue:  # fmt: skip
+    """The plan of a training run. layout: this one (None: the request's, else all are searched); tokens: to train on
+    in all (None: the request's steps, if it has them); price: of an hour of one device; fixed_rows: the search keeps
+    the request's rows of a micro-batch; recompute: it keeps this (None: it tries both)."""
+    assumed = assumed or Assumptions()
+    wanted = layout or request.layout
+    found: Found | None = None
+    if wanted is None:
+        found = search(
+            request.job, cluster, reserve=reserve, assumed=assumed, fixed_rows=fixed_rows, recompute=recompute
+        )
+        chosen = found.best or ([found.nearest] if found.nearest else [])
+    else:
+        chosen = [planned(request.job, wanted.fitted(cluster.world), cluster, assumed)]
+    if tokens is None and request.steps is not None:
+        tokens = float(request.steps * request.job.tokens)
+    room = cluster.device.memory - reserve
+    plan: JsonValue = {
+        "kind": "training",
+        "name": request.name,
+        "model": _model(request.job),
+        "machine": _machine(cluster, reserve),
+        "step": _step(request.job),
+        "layouts": [_layout(c, room, tokens, price) for c in chosen],
+        "searched": None if found is None else {"tried": found.tried, "failed": found.failed, "fits": bool(found.best)},
+        "tokens": tokens,
+        "price_per_gpu_hour": price,
+        "assumptions": assumed.__dict__,
+        "notes": request.notes,
+    }
+    if chosen:
+        plan["formulas"] = [_formula(row) for row in classic_table(chosen[0])]
+    plan["compute_optimal"] = _compute_optimal(request.job, tokens)
+    return plan
+
+
+def planned(job: Job, layout: Layout, cluster: Cluster, assumed: Assumptions) -> Candidate:
+    """One layout that was asked for, whether or not it fits; one that cannot run is a `HanlinError`."""
+    check_layout(job, layout, cluster)
+    return Candidate(layout, job, fullest(job, layout), step_time(job, layout, cluster, assumed))
+
+
+def classic_table(candidate: Candidate) -> list[f.Formula]:
+    """Every classic formula beside the exact count of the same thing."""
+    job, layout = candidate.job, candidate.layout
+    config, sizes = job.config, job.sizes
+    parameters = config.parameters()
+    total, s, b = float(parameters.total), job.length, job.micro_batch
+    exact_flops = 3.0 * sizes.flops(s).total * job.batch
+    states = sum(candidate.memory[name] for name in ("weights", "gradients", "optimiser"))
+    replicas = (layout.data or 1) * layout.context
+    full = replace(job, method="full", recompute="none")
+    plain = closed_memory(replace(full, micro_batch=b), Layout().fitted(1))
+    a = config.layers[0].attention
+    table = [
+        f.Formula("parameters", "12 l h^2 + V h", "arXiv:2001.08361", "parameters", f.parameters_12lh2(config), total,
+                  _why_parameters(job)),
+        f.Formula("active parameters", "12 l h^2", "arXiv:2001.08361", "parameters",
+                  f.parameters_12lh2(config, vocabulary=False), float(parameters.active), _why_parameters(job)),
+        f.Formula("model states, whole", "16 Phi = (2 + 2 + 12) Phi, or (4 + 4 + 8) Phi", "arXiv:1910.02054", "bytes",
+                  f.model_state_bytes(total), plain["weights"] + plain["gradients"] + plain["optimiser"],
+                  "" if job.states == 8 else "the optimizer keeps other states than two fp32 moments"),
+        f.Formula(f"model states a rank, {layout.shard}", "16 Phi / (P T), shared by ZeRO", "arXiv:1910.02054", "bytes",
+                  f.model_state_bytes(total / (layout.pipeline * layout.tensor), shard=layout.shard, replicas=replicas,
+                                      mixed=job.masters),
+                  states, _why_states(job, layout)),
+        f.Formula("PP x ZeRO-1 a GPU", "(4 + 12 / D) Phi / (P T)", "arXiv:1910.02054", "bytes",
+                  f.pipeline_zero1_bytes(total, layout), states, _why_states(job, layout)),
+        f.Formula("activations, GPT", "s b h (34 + 5 a s / h) l", "arXiv:2205.05198", "bytes",
+                  f.activations_gpt(config, s, b), plain["activations"],
+                  "dropout masks and stored scores that flash attention does not keep"),
+        f.Formula("activations, scores recomputed", "34 s b h l", "arXiv:2205.05198", "bytes",
+                  f.activations_gpt(config, s, b, recompute="selective"), plain["activations"],
+                  "dropout masks; 4 h feed-forward without a gate"),
+        f.Formula("activations, GQA + gate + flash", "s b (2 (4 h + 2 H + 2 K + 3 f) + 4 a) l", "arXiv:2305.13245",
+                  "bytes", f.activations_modern(config, s, b, itemsize=job.itemsize), plain["activations"], ""),
+        f.Formula("activations, all recomputed", "2 s b h l", "arXiv:1604.06174", "bytes",
+                  f.activations_gpt(config, s, b, recompute="full"),
+                  closed_memory(replace(full, recompute="full"), Layout().fitted(1))["activations"],
+                  "one layer lives while it is made again"),
+        f.Formula("FLOPs of a step", "6 N D", "arXiv:2001.08361", "FLOPs",
+                  f.training_flops_6nd(total, job.tokens), exact_flops, _why_flops(job)),
+        f.Formula("FLOPs of a step, active", "6 N_active D", "arXiv:2001.08361", "FLOPs",
+                  f.training_flops_6nd(parameters.active, job.tokens), exact_flops, _why_flops(job)),
+        f.Formula("FLOPs of a step, PaLM", "(6 N_active + 12 l h s) D", "arXiv:2204.02311", "FLOPs",
+                  f.training_flops_palm(config, parameters.active, s, job.tokens), exact_flops,
+                  "the whole matrix of scores instead of the causal half; the embedding's lookup"),
+    ]  # fmt: skip
+    whole = sum(plain.values())
+    for name, low, high, meaning in f.rules_of_thumb(total):
+        exact = weight_bytes(sizes, "bf16", ahead=True) if "load" in name[:4] else whole
+        if name.startswith("full"):
+            exact = plain["weights"] + plain["gradients"] + plain["optimiser"]
+        table.append(f.Formula(name, f"{low / 1e9:,.0f} to {high / 1e9:,.0f} GB" if low < high else "2 Phi", "folklore",
+                               "bytes", (low + high) / 2, exact, meaning))  # fmt: skip
+    if a.heads and job.method != "full":
+        table.append(
+            f.Formula(f"{job.method} rank {job.rank}", "r (in + out) a matrix", "arXiv:2106.09685", "parameters",
+                      4.0 * 2 * job.rank * config.width * len(config.layers), float(lora_numbers(sizes, job.rank)),
+                      "the formula's four square matrices h x h a layer; here all matrices")
+        )  # fmt: skip
+    return table
+
+
+def serving_plan(name: str, service: Service, *, context: int, users: list[int] | None = None) -> JsonValue:
+    """What the machine serves. users: in one replica, for the table (None: powers of two up to what fits)."""
+    fit = service.tokens // context
+    if users is None:
+        users = [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if n <= max(1, fit)]
+        users += [fit] if fit > users[-1] else []
+    config = service.sizes.config
+    return {
+        "kind": "serving",
+        "name": name,
+        "model": _model(Job(service.sizes, 1, context)),
+        "machine": _machine(service.cluster, service.reserve),
+        "weights": {"dtype": service.dtype, "bytes": service.weights},
+        "cache": {
+            "dtype": service.cache_dtype,
+            "bytes_per_token": config.kv_bytes_per_token(1) * BYTES[service.cache_dtype],
+            "bytes_per_token_stored": service.token,
+            "tokens": service.tokens,
+            "bytes": service.room,
+        },
+        "prompt_cache_bytes": service.set_aside,
+        "replicas": service.replicas,
+        "devices_per_replica": service.tensor,
+        "context": context,
+        "users": {"per_replica": fit, "all": fit * service.replicas},
+        "memory_per_device": {
+            "weights": service.weights / service.tensor,
+            "prompts": service.set_aside / service.tensor,
+            "cache": service.room / service.tensor,
+        },
+        "prefill_tokens_per_s": service.prefill(min(context, config.max_positions)),
+        "decode": [
+            {
+                "users": n, "fits": n <= fit, "tokens_per_s_each": step.each, "tokens_per_s": step.total,
+                "seconds": step.seconds, "weights_s": step.weights, "cache_s": step.cache, "links_s": step.links,
+            }
+            for n in users
+            for step in [service.decode(n, context)]
+        ],
+        "assumptions": service.assumed.__dict__,
+    }  # fmt: skip
+
+
+def _model(job: Job) -> JsonValue:
+    config, parameters = job.config, job.config.parameters()
+    flops = job.sizes.flops(job.length)
+    return {
+        "family": config.family,
+        "layers": len(config.layers) + len(config.encoder),
+        "width": config.width,
+        "parameters": parameters.total,
+        "active_parameters": parameters.active,
+        "parameters_by_part": {part: n for part, n in parameters.parts.items() if n},
+        "forward_flops_per_token": flops.total / job.length,
+        "training_flops_per_token": 3 * flops.total / job.length,
+        "kv_bytes_per_token": config.kv_bytes_per_token(),
+    }
+
+
+def _machine(cluster: Cluster, reserve: float) -> JsonValue:
+    d = cluster.device
+    return {
+        "device": d.name, "devices": cluster.world, "nodes": cluster.nodes, "per_node": cluster.per_node,
+        "memory": d.memory, "reserve": reserve, "flops": dict(d.flops), "bandwidth": d.bandwidth,
+        "link": {"kind": d.link_kind, "bytes_per_s": d.link},
+        "network": {"kind": d.network_kind, "bytes_per_s": d.network} if cluster.nodes > 1 else None,
+    }  # fmt: skip
+
+
+def _step(job: Job) -> JsonValue:
+    return {
+        "rows": job.batch, "length": job.length, "tokens": job.tokens, "precision": job.precision,
+        "method": job.method, "lora_rank": job.rank if job.method != "full" else None,
+        "trained_parameters": job.sizes.total if job.method == "full" else lora_numbers(job.sizes, job.rank),
+        "frozen_bytes": 0.0 if job.method == "full" else frozen_bytes(job.sizes, job.method),
+    }  # fmt: skip
+
+
+def _layout(c: Candidate, room: float, tokens: float | None, price: float | None) -> JsonValue:
+    t, m = c.time, micro_batches(c.job, c.layout)
+    days = None if tokens is None else t.days(tokens)
+    return {
+        "name": describe_layout(c.layout),
+        "layout": c.layout.model_dump(mode="json"),
+        "micro_batch": c.job.micro_batch,
+        "micro_batches": m,
+        "recompute": c.job.recompute,
+        "memory": c.memory,
+        "bytes": c.bytes,
+        "room": room,
+        "fits": c.bytes <= room,
+        "seconds": {
+            "step": t.seconds, "products": t.products, "traffic": t.traffic, "optimiser": t.optimiser,
+            "bubble": t.bubble, "links": t.links, "hidden": t.hidden,
+        },
+        "mfu": t.mfu,
+        "tokens_per_s": t.tokens_per_s,
+        "tokens_per_day": t.tokens_per_day,
+        "days": days,
+        "cost": None if tokens is None or price is None else t.cost(tokens, price),
+        "communication": {
+            axis: {"payload": v.payload, "wire": v.wire, "calls": v.calls}
+            for axis, v in volumes(c.job, c.layout).items()
+        },
+    }  # fmt: skip
+
+
+def _formula(row: f.Formula) -> JsonValue:
+    return {
+        "name": row.name, "expression": row.expression, "source": row.source, "unit": row.unit, "value": row.value,
+        "exact": row.exact, "off": row.off, "why": row.why,
+    }  # fmt: skip
+
+
+def _compute_optimal(job: Job, tokens: float | None) -> JsonValue:
+    """For the compute that this run takes (or 20 tokens a parameter): C = 6 N D."""
+    active = job.config.parameters().active
+    tokens = tokens if tokens is not None else 20.0 * active
+    budget = 6.0 * active * tokens
+    laws = {"Chinchilla, approach 3": CHINCHILLA, "Besiroglu et al. 2024": REPLICATION}
+    found = {name: law.optimum(budget) for name, law in laws.items()}
+    return {
+        "flops": budget,
+        "parameters": active,
+        "tokens": tokens,
+        "loss": {name: law.loss(active, tokens) for name, law in laws.items()},
+        "optimum": {
+            **{name: {"parameters": n, "tokens": d, "loss": laws[name].loss(n, d)} for name, (n, d) in found.items()},
+            "D = 20 N": dict(zip(("parameters", "tokens"), rule_of_twenty(budget), strict=True)),
+        },
+    }
+
+
+def _why_parameters(job: Job) -> str:
+    c, reasons = job.config, []
+    a, ff = c.layers[-1].attention, c.layers[-1].feed_forward
+    if getattr(a, "kv_heads", a.heads) != a.heads:
+        reasons.append("grouped key heads")
+    if not hasattr(a, "head_dim"):
+        reasons.append("latent attention")
+    if ff.gated:
+        reasons.append("a gated feed-forward")
+    if hasattr(ff, "router"):
+        reasons.append("experts")
+    if not c.tied_embeddings and c.head is not None:
+        reasons.append("a head of its own")
+    return ", ".join(reasons)
+
+
+def _why_states(job: Job, layout: Layout) -> str:
+    reasons = []
+    if job.method != "full":
+        reasons.append(f"{job.method}: only A and B have gradients and states")
+    if layout.tensor > 1 or layout.pipeline > 1:
+        reasons.append("norms and routers are whole, stages differ, embedding and head stand at the ends")
+    if layout.expert > 1:
+        reasons.append("experts are shared by the expert ranks")
+    if not job.masters and layout.shard != "none":
+        reasons.append("fp32 weights, no second copy: 4 + 4 + 8")
+    return "; ".join(reasons)
+
+
+def _why_flops(job: Job) -> str:
+    sparse = job.config.parameters().active != job.config.parameters().total
+    return "no scores; the embedding's lookup counted as a product" + ("; all experts" if sparse else "")

@@ -1,0 +1,73 @@
+"""N processes equal one: 20 steps of the real trainer in every layout, fp64."""
+
+import pytest
+import torch
+from tests.train.layout_cases import LAYOUTS, train_case, work
+from tests.train.tiny_training import in_own_process
+
+from hanlin.core.metrics import read_metrics
+from hanlin.core.runs import Run
+from hanlin.train.checkpoint import open_checkpoint
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A function: name of a layout -> its run folder. All layouts of one number of processes are trained together."""
+    root = tmp_path_factory.mktemp("layouts")
+
+    def folder(name: str, dtype: str = "float64"):
+        world = LAYOUTS[name][0]
+        place = root / dtype
+        if not (place / f"done-{world}").exists():
+            place.mkdir(exist_ok=True)
+            names = [other for other, case in LAYOUTS.items() if case[0] == world]
+            arguments = (world, str(place / f"meeting-{world}"), str(place), names, dtype)
+            processes = [in_own_process(work, rank, *arguments) for rank in range(world)]
+            for process in processes:
+                process.join(400)
+                if process.exitcode is None:
+                    process.kill()
+            (place / f"done-{world}").write_text(str([process.exitcode for process in processes]))
+        said = [file.read_text() for file in (place / name).glob("failed-*.txt")]
+        assert not said, said
+        return place / name
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A function: name of a layout -> the run folder of one process that trains the same."""
+    root, made = tmp_path_factory.mktemp("alone"), {}
+
+    def folder(name: str):
+        _, _, kind, rest = LAYOUTS[name]
+        key = kind + "".join(sorted(rest))
+        if key not in made:
+            made[key] = root / key
+            Run.open(made[key])
+            train_case(name, made[key], layout=False)
+        return made[key]
+
+    return folder
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_trains_what_one_process_trains(trained, alone, name):
+    """Losses and gradient norms within 1e-10, weights within 1e-10 (relative L2 of each tensor) after 20 steps."""
+    compare(trained(name), alone(name), 1e-10)
+
+
+def compare(folder, reference, tolerance) -> None:
+    found, wanted = (read_metrics(Run(path).metrics) for path in (folder, reference))
+    assert [row["step"] for row in found] == [row["step"] for row in wanted]
+    for a, b in zip(found, wanted, strict=True):
+        for key in ("loss", "grad_norm", "tokens", "lr", "router/max_violation"):
+            assert a.get(key, 0.0) == pytest.approx(b.get(key, 0.0), rel=tolerance), (key, a["step"])
+    ours, theirs = (open_checkpoint(Run(path).checkpoints()[-1][1]) for path in (folder, reference))
+    assert set(ours.names()) == set(theirs.names())
+    for name in theirs.names():
+        a, b = ours.whole(name), theirs.whole(name)
+        if a.dtype.is_floating_point:
+            gap = torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b).clamp_min(1e-12)
+            assert gap <= tolerance * 10, (name, float(gap))
