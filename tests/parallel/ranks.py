@@ -16,7 +16,14 @@ FAMILIES = (
 )  # fmt: skip
 
 
-MORE = ("bert-segments", "bart", "qwen2-moe", "llama4", "switch-capacity", "chatglm-6b")  # all that norms and experts can do
+MORE = (
+    "bert-segments",
+    "bart",
+    "qwen2-moe",
+    "llama4",
+    "switch-capacity",
+    "chatglm-6b",
+)
 
 
 def loss_of(model, case, inputs):
@@ -24,7 +31,7 @@ def loss_of(model, case, inputs):
 
 
 def compare(rank: int, meeting: str, folder: str, sequence: bool = False, ranks: int = 2) -> None:
-    """Writes what was found, a line a family, to `folder`/rank. Nine tokens: 2 and 4 ranks cannot share them equally."""
+    """Writes what was found, a line a family, to `folder`/rank. Nine tokens: no ranks share them equally."""
     torch.set_num_threads(1)
     made = []  # before the group is there: transformers would save on its first rank only
     for case in [case for case in all_cases() if case.name in (*FAMILIES, *(MORE if sequence else ()))]:

@@ -13,19 +13,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from tests.train.tiny_training import TinySource, tiny_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
 
 from hanlin.core.errors import HanlinError
 from hanlin.models.config import AttentionConfig, ExpertsConfig, FeedForwardConfig, ModelConfig
 from hanlin.models.transformer import Transformer
 from hanlin.nn.routing import RouterConfig
+from hanlin.parallel import gather, shard
+from hanlin.parallel.collectives import copy_in
 from hanlin.parallel.data import DataParallel
 from hanlin.parallel.flat import Flat
 from hanlin.parallel.replication import Replication
 from hanlin.parallel.tracer import Tracer
 from hanlin.parallel.zero import Zero
 from hanlin.train.choices import Recompute
-from hanlin.train.objective import CausalLM
+from hanlin.train.objective import CausalLM, document_mask
 from hanlin.train.recompute import recompute_layers
 from hanlin.tune.lora import add_lora
 
@@ -496,9 +502,6 @@ MUTATIONS: dict[str, Callable[[], Any]] = {
 
 def fsdp2() -> dict[str, float]:
     """Gradients and weights of torch's own `fully_shard` after the same steps."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     reference = model_of("untied")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in reference.model.layers:
@@ -514,8 +517,8 @@ def fsdp2() -> dict[str, float]:
             start = rank * ROWS // ranks + part * rows
             objective, source = CausalLM(), TinySource(ROWS)
             batch = source.batch(step, start, start + rows)
-            logits = reference(batch.ids, positions=batch.positions, mask=_mask(batch)).logits
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="sum")
+            logits = reference(batch.ids, positions=batch.positions, mask=document_mask(batch)).logits
+            loss = cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="sum")
             (loss / objective.count(source.batch(step))["tokens"]).backward()
         optimizer.step()
     wanted = {name: p.full_tensor().detach() for name, p in reference.named_parameters()}
@@ -528,17 +531,106 @@ def fsdp2() -> dict[str, float]:
     return found
 
 
-def _mask(batch: Any) -> Any:
-    from hanlin.train.objective import document_mask
+def over_a_tensor_cut() -> dict[str, float]:
+    """2 replicas of a model that is cut over 2 ranks (rank = 2 * data + tensor), as 3 steps of one process."""
+    rank, found = dist.get_rank(), {}
+    rows = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    columns = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    tensor, data = rows[rank // 2], columns[rank % 2]
 
-    return document_mask(batch)
+    def learn(model: Transformer, step: int, start: int, stop: int) -> None:
+        batch = TinySource(ROWS).batch(step, start, stop)
+        logits = model(batch.ids, positions=batch.positions, mask=document_mask(batch)).logits
+        (cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="sum") / 100).backward()
+
+    for kind in ("untied", "tied", "moe"):
+        whole = model_of(kind)
+        optimizer = adam(whole.parameters())
+        for step in range(3):
+            optimizer.zero_grad()
+            learn(whole, step, 0, ROWS)
+            optimizer.step()
+        for way in WAYS:
+            model = shard(model_of(kind), tensor)
+            replication = replicate(model, way, data)
+            optimizer = adam(replication.pieces.values())
+            for step in range(3):
+                replication.begin()
+                for part in range(2):
+                    start = (rank // 2) * ROWS // 2 + part * ROWS // 4
+                    with replication.last() if part else nullcontext():
+                        learn(model, step, start, start + ROWS // 4)
+                replication.finish()
+                optimizer.step()
+                replication.publish()
+            with replication.whole(), torch.no_grad():
+                joined = gather(model, tensor)
+                gaps = [(joined[n] - p).norm() / p.norm() for n, p in whole.named_parameters()]
+            found[f"{way} {kind}"] = float(max(gaps))
+    return found
+
+
+def compiled() -> dict[str, float]:
+    """The gradient of a compiled model (graphs by torch, kernels plain)."""
+    found = {}
+    for way in WAYS:
+        model, whole = model_of("untied"), model_of("untied")
+        replication = replicate(model, way, dist.group.WORLD)
+        model.compile(backend="aot_eager")
+        run_step(model, [replication], 0)
+        for start in range(0, ROWS, 2):
+            loss_of(whole, 0, start, start + 2).backward()
+        found[way] = gradient_gap(replication, whole)
+        torch.compiler.reset()
+    return found
+
+
+def every_call() -> dict[str, Any]:
+    """[operation, payload, ranks] of every call, in order; and of a group of one's own; and in a backward."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    x, whole = torch.ones(6), torch.ones(6 * ranks, dtype=torch.float64)
+    parts = [torch.empty(6) for _ in range(ranks)]
+    other, pair = (rank + 1) % ranks, dist.new_group([0, 1])
+    with Tracer() as tracer:
+        dist.all_reduce(x)
+        dist.all_reduce(x, async_op=True).wait()
+        dist.all_gather_into_tensor(whole, torch.ones(6, dtype=torch.float64), async_op=True).wait()
+        dist.all_gather(parts, x)
+        dist.reduce_scatter_tensor(torch.empty(6, dtype=torch.float64), whole)
+        dist.all_to_all_single(torch.empty_like(whole), whole)
+        dist.all_to_all(parts, [x.clone() for _ in range(ranks)])
+        dist.broadcast(x, src=0)
+        dist.reduce(x, dst=0)
+        for work in dist.batch_isend_irecv([
+            dist.P2POp(dist.isend, x, other), dist.P2POp(dist.irecv, torch.empty(6), (rank - 1) % ranks)
+        ]):  # fmt: skip
+            work.wait()
+        dist.barrier()
+        if rank < 2:
+            dist.all_reduce(x.bfloat16(), group=pair)
+    dist.all_reduce(x)  # after it, nothing is seen
+    calls = [[call.op, call.payload, len(call.ranks)] for call in tracer.calls]
+    with Tracer() as backward:
+        leaf = torch.ones(5, requires_grad=True)
+        copy_in(leaf, dist.group.WORLD).sum().backward()
+    with Tracer() as functional:
+        mesh = init_device_mesh("cpu", (ranks,))
+        spread = distribute_tensor(torch.ones(ranks, 4), mesh, [Shard(0)])
+        before = len(functional.calls)
+        spread.full_tensor()
+        spread.sum().full_tensor()
+    return {
+        "calls": calls, "backward": [[c.op, c.payload] for c in backward.calls],
+        "dtensor": [[c.op, c.payload, c.size] for c in functional.calls[before:]],
+        "bytes": tracer.bytes(), "pair": tracer.bytes((0, 1)), "wire": tracer.wire(),
+    }  # fmt: skip
 
 
 CHECKS: dict[str, Callable[[], Any]] = {
     check.__name__: check
     for check in (
         equals_one_process, without_last, experts_apart, unused_counts_as_zero, bytes_of_a_step, memory,
-        packed_stay_views, loading_reaches_the_pieces, refusals, backward_without_weights, mixed_precision, mutants,
+        packed_stay_views, loading_reaches_the_pieces, refusals, backward_without_weights, mixed_precision, mutants, over_a_tensor_cut, compiled, every_call,
         fsdp2,
     )
 }  # fmt: skip

@@ -25,9 +25,19 @@ from hanlin.models.config import (
 )
 from hanlin.models.transformer import Transformer
 from hanlin.nn.routing import RouterConfig
-from hanlin.parallel import collectives, copies, crossing, expert, expert_parameters, gather, gather_experts
+from hanlin.parallel import (
+    copies,
+    crossing,
+    expert,
+    expert_parameters,
+    gather,
+    gather_experts,
+    shard,
+    split_experts,
+    tensor,
+    vocabulary,
+)
 from hanlin.parallel import sequence as sequence_parallel
-from hanlin.parallel import shard, split_experts, tensor, vocabulary
 from hanlin.train.balance import Balance
 from hanlin.train.objective import CausalLM, step_loss
 from hanlin.train.settings import BalanceByLoss
@@ -215,7 +225,7 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
     ),
     "a router counted by every rank": (sequence_parallel, "_put_own", sequence_parallel._same),
     "the wrong tokens": (sequence_parallel, "_put", lambda x, tokens, length: x.new_zeros(x.shape[0], length, WIDTH)),
-    "the wrong experts": (expert, "share", lambda units, rank, ranks: collectives_share(units, ranks - 1 - rank, ranks)),
+    "the wrong experts": (expert, "share", lambda units, rank, ranks: equal(units, ranks - 1 - rank, ranks)),
     "rows that stay": (expert, "_all_to_all", lambda x, sent, got, group: x.new_zeros(sum(got), *x.shape[1:])),
     "weights forgotten": (
         expert._Combine, "forward", staticmethod(lambda ctx, y, weights, plan: unweighed(ctx, y, weights, plan))
@@ -223,7 +233,7 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
 }  # fmt: skip
 
 
-def collectives_share(units: int, rank: int, ranks: int) -> tuple[int, int]:
+def equal(units: int, rank: int, ranks: int) -> tuple[int, int]:
     return rank * units // ranks, (rank + 1) * units // ranks
 
 
@@ -237,7 +247,6 @@ def work(rank: int, world: int, folder: str, cases: dict[str, Laid], mutants: di
     """Every case, then every mutant (name -> the case it spoils); writes {name: gaps} or the error to `folder`."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    assert collectives.Group is not None
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
     told: dict[str, Any] = {}
     try:

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from tiny_training import tiny_model
 
 from hanlin.train.choices import Muon
-from hanlin.train.exchange import ShareExchange
+from hanlin.train.exchange import MatrixExchange
 from hanlin.train.optim import build_optimizer, group_parameters
 
 STEPS, CHOICE = 3, Muon(weight_decay=0.1)
@@ -41,7 +41,9 @@ def step_on_shares(rank: int, world: int, meeting: str, folder: str) -> None:
     pieces = {n: torch.nn.Parameter(named[n].detach().reshape(-1)[a:b].clone()) for n, (a, b) in ranges.items()}
     matrices = group_parameters(model).matrices
     group = dist.group.WORLD
-    exchange = ShareExchange({n: p.shape for n, p in matrices.items()}, ranges, dict.fromkeys(matrices, group))
+    exchange = MatrixExchange(
+        {n: p.shape for n, p in matrices.items()}, ranges, dict.fromkeys(matrices, group), {}, None
+    )
     optimizer = build_optimizer(model, CHOICE, 0.02, pieces=pieces, exchange=exchange)
     for step in range(STEPS):
         for index, (name, p) in enumerate(named.items()):

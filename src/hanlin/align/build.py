@@ -23,18 +23,20 @@ from hanlin.data.batch import BatchSource
 from hanlin.evaluate.perplexity import evaluate_text
 from hanlin.models import (
     AttentionConfig,
-    ExpertsConfig,
     FeedForwardConfig,
     ModelConfig,
     Transformer,
     load_model,
     save_model,
 )
+from hanlin.models.config import ExpertsConfig
 from hanlin.models.families import find_family
 from hanlin.nn.routing import RouterConfig
 from hanlin.parallel.processes import Processes
 from hanlin.tokens import Tokenizer
 from hanlin.train import CausalLM, Trainer, TrainSettings
+from hanlin.train.lr_finder import RangeTest, draw_range_test
+from hanlin.train.mup import scale_weights, width_scales
 from hanlin.train.trainer import Evaluate, TrainResult
 
 USUAL_PEAK = {"adamw": 1e-3, "muon": 4e-3}  # rates for models of some million parameters
@@ -90,6 +92,27 @@ def train(recipe: TrainRecipe, *, quiet: bool = False) -> TrainResult:
                     write_report(run)
     ranks.wait()
     return result
+
+
+def find_lr(recipe: TrainRecipe, *, quiet: bool = False) -> RangeTest:
+    """Try rates from 1e-6 to 1 on the recipe's model and data, and draw the losses to `RUN/lr.png`."""
+    ranks = Processes.here()
+    quiet = quiet or not ranks.first
+    seed_everything(recipe.seed)
+    tokenizer = open_tokenizer(recipe)
+    data = open_data(recipe, tokenizer, quiet=quiet)
+    settings, _ = resolve_settings(recipe, data)
+    model = build_model(recipe, tokenizer, data.seq_len)
+    objective = CausalLM(ahead=model.config.predict_ahead, z_loss=settings.z_loss)
+    plain = settings.model_copy(update={"eval_every": None, "save_every": None, "trackers": [], "keep_best": False})
+    trainer = Trainer(model, objective, data.source, plain, layout=recipe.parallel, seed=recipe.seed, quiet=True)
+    found = trainer.find_lr()
+    if ranks.first:
+        out = Run.open(recipe.out).path / "lr.png"
+        draw_range_test(found, out)
+        say(f"The loss falls fastest at a rate of {found.suggestion:.2g} and is lowest at {found.best:.2g}: {out}")
+    ranks.wait()
+    return found
 
 
 def resolve_settings(recipe: TrainRecipe, data: Data) -> tuple[TrainSettings, list[str]]:
@@ -153,7 +176,10 @@ def open_run(out: Path, resolved: TrainRecipe, *, writes: bool = True) -> Run:
 def build_model(recipe: TrainRecipe, tokenizer: Tokenizer, seq_len: int) -> Transformer:
     """The model to train, with fp32 weights: new, or the saved one."""
     if isinstance(recipe.model, NewModel):
-        return Transformer(with_token_ids(new_config(recipe.model, tokenizer, seq_len), tokenizer))
+        model = Transformer(with_token_ids(new_config(recipe.model, tokenizer, seq_len), tokenizer))
+        if recipe.train.mup_base_width is not None:
+            scale_weights(model, width_scales(model.config, recipe.train.mup_base_width))
+        return model
     model = load_model(recipe.model.path, dtype=torch.float32, device="cpu")
     if isinstance(recipe.objective, ContinuedObjective):
         grow(model, recipe.model.path, tokenizer)

@@ -120,9 +120,7 @@ def _serving(arguments: argparse.Namespace) -> dict[str, Any]:
         cache_dtype=arguments.cache_dtype or "bf16", tensor=arguments.tensor, set_aside=aside,
         reserve=SERVING_RESERVE if arguments.reserve is None else arguments.reserve * GIB,
     )  # fmt: skip
-    plan = serving_plan(
-        arguments.recipe, service, context=arguments.context_length or 4096, users=arguments.users
-    )
+    plan = serving_plan(arguments.recipe, service, context=arguments.context_length or 4096, users=arguments.users)
     if published and service.dtype == "fp8" and service.cluster.device.name == "H200":
         plan["published"] = beside_published(service)
     return plan

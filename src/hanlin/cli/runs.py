@@ -46,7 +46,7 @@ def _list(root: Path, as_json: bool) -> None:
 
     if not root.is_dir():
         raise HanlinError(f"There is no folder {root}; --root says where the run folders are.")
-    rows = [run.summary() | {"path": str(run.path)} for run in find_runs(root)]
+    rows: list[dict[str, Any]] = [run.summary() | {"path": str(run.path)} for run in find_runs(root)]
     if as_json:
         print(json.dumps(rows, ensure_ascii=False, indent=1))
         return
@@ -98,7 +98,9 @@ def _compare(arguments: Any) -> None:
 def _print_table(titles: list[str], rows: list[list[str]], *, left: tuple[int, ...]) -> None:
     widths = [max(len(row[i]) for row in [titles, *rows]) for i in range(len(titles))]
     for row in [titles, *rows]:
-        cells = [cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        cells = [
+            cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
         print("  ".join(cells).rstrip())
 
 

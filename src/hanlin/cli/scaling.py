@@ -82,9 +82,7 @@ def _print(facts: dict[str, Any]) -> None:
 
     law = facts["law"]
     console.print(f"{len(facts['runs'])} runs, {facts['loss']}; rms of log loss {facts['rms_of_log_loss']:.2%}")
-    console.print(
-        f"L = {law['E']:.4f} + {law['A']:.4g} / N^{law['alpha']:.4f} + {law['B']:.4g} / D^{law['beta']:.4f}"
-    )
+    console.print(f"L = {law['E']:.4f} + {law['A']:.4g} / N^{law['alpha']:.4f} + {law['B']:.4g} / D^{law['beta']:.4f}")
     for name, (low, high) in facts["intervals"].items():
         console.print(f"  {name:<6} {law[name]:>10.4g}   {facts['level']:.0%} of resamplings: {low:.4g} to {high:.4g}")
     rows = table("run", "parameters", "tokens", "loss", "law says", "off")

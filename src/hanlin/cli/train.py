@@ -1,9 +1,12 @@
-"""`hanlin train RECIPE [--key.path value]`: every training method, as the recipe's `objective` says."""
+"""`hanlin train RECIPE [--nproc N] [--key.path value]`: every training method, as the recipe's `objective` says."""
 
+import sys
 from pathlib import Path
 
 from hanlin.cli.parser import make_parser
 from hanlin.core.errors import HanlinError
+
+OWN = {"--nproc": True, "--restarts": True, "--find-lr": False, "--quiet": False}  # flag -> whether it takes a value
 
 
 def main(argv: list[str]) -> None:
@@ -15,29 +18,79 @@ def main(argv: list[str]) -> None:
         examples=[
             "hanlin train recipes/pretrain-tiny.yaml",
             "hanlin train recipes/pretrain-tiny.yaml --train.steps 200 --name trial",
-            "hanlin train recipes/sft-tiny.yaml --quiet",
+            "hanlin train recipes/pretrain-tiny.yaml --nproc 4 --parallel.tensor 2",
+            "hanlin train recipes/pretrain-tiny.yaml --find-lr",
+            "torchrun --nnodes 2 --nproc-per-node 8 ... -m hanlin train recipe.yaml",
         ],
     )
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML file; see recipes/")
+    parser.add_argument("--nproc", type=int, metavar="N", help="processes on this machine; `parallel:` says what for")
+    parser.add_argument("--restarts", type=int, metavar="N", help="times to start again when a process dies (3)")
+    parser.add_argument("--find-lr", action="store_true", help="try rates from 1e-6 to 1 on the run's data, then stop")
     if not argv or argv[0].startswith("-"):
         parser.parse_args(argv or ["--help"])
-        raise HanlinError("The recipe comes first: hanlin train RECIPE [--key.path value] [--quiet].")
+        raise HanlinError("The recipe comes first: hanlin train RECIPE [--nproc N] [--key.path value] [--quiet].")
     recipe_file, *rest = argv
-    if any(flag.split("=")[0] == "--nproc" for flag in rest):
-        raise HanlinError(
-            "`--nproc` (several processes) is not supported yet: this version trains in one process, on all of its "
-            "CPU cores or one GPU. Run the same command without it."
-        )
-    quiet = "--quiet" in rest
-    overrides = [flag for flag in rest if flag != "--quiet"]
+    own, overrides = _split(rest)
+    options = parser.parse_args([recipe_file, *own])
+    if options.nproc is None and options.restarts is not None:
+        raise HanlinError("--restarts is for runs of several processes: give --nproc too.")
+    if options.nproc is not None and not {"-h", "--help"} & set(overrides):
+        _launch(options, recipe_file, overrides)
+        return
+    _train(options, recipe_file, overrides, argv)
 
+
+def _split(rest: list[str]) -> tuple[list[str], list[str]]:
+    """(flags of the command itself, overrides of the recipe)."""
+    own: list[str] = []
+    overrides: list[str] = []
+    words = iter(rest)
+    for word in words:
+        name = word.split("=")[0]
+        if name not in OWN:
+            overrides.append(word)
+            continue
+        own.append(word)
+        if OWN[name] and "=" not in word:
+            own += [next(words, "")]
+    return own, overrides
+
+
+def _launch(options, recipe_file: str, overrides: list[str]) -> None:
+    """Start the processes; what is wrong with the recipe is said once, before."""
+    if options.nproc < 1:
+        raise HanlinError(f"--nproc {options.nproc}: a run has at least one process.")
+    from hanlin.align.recipe import TrainRecipe
+    from hanlin.core.launch import launch
+
+    recipe = TrainRecipe.load(recipe_file, overrides, usage="hanlin train RECIPE")
+    recipe.parallel.fitted(options.nproc)
+    flags = [flag for flag, on in (("--find-lr", options.find_lr), ("--quiet", options.quiet)) if on]
+    command = [sys.executable, "-m", "hanlin", "train", recipe_file, *overrides, *flags]
+    restarts = 3 if options.restarts is None else options.restarts
+    code = launch(command, options.nproc, logs=recipe.out / "logs", restarts=restarts, quiet=options.quiet)
+    if code:
+        raise SystemExit(code)
+
+
+def _train(options, recipe_file: str, overrides: list[str], argv: list[str]) -> None:
     from hanlin.align.recipe import TrainRecipe
 
     recipe = TrainRecipe.load(recipe_file, overrides, usage="hanlin train RECIPE")
 
-    from hanlin.align.build import train
+    from hanlin.align.build import find_lr, train
+    from hanlin.parallel.joining import join_group
+    from hanlin.parallel.processes import Processes
 
-    result = train(recipe, quiet=quiet)
+    with join_group(recipe.train.device):
+        first = Processes.here().first
+        if options.find_lr:
+            find_lr(recipe, quiet=options.quiet)
+            return
+        result = train(recipe, quiet=options.quiet)
+    if not first:
+        return
     if not result.finished:
         again = " ".join(["hanlin train", *argv])
         print(f"Stopped after step {result.step}; a checkpoint is in {recipe.out}. To go on: {again}")

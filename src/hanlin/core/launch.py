@@ -104,8 +104,12 @@ def launch(
             failed = _culprit(workers)
             if failed is None or signals.received:
                 break
-            _explain(failed, workers)
-            if failed.code == EXPLAINED or attempt == restarts:
+            _explain(failed)
+            if failed.code == EXPLAINED:
+                break
+            if attempt == restarts:
+                again = "The same command continues from the last checkpoint."
+                say(f"{_fate(failed)}; given up after {restarts} restarts. {again}")
                 break
             say(
                 f"{_fate(failed)}; all {nproc} processes start again from the last checkpoint "
@@ -191,14 +195,14 @@ def _culprit(workers: list[Worker]) -> Worker | None:
     return min(failed, key=lambda worker: (weight(worker), worker.rank), default=None)
 
 
-def _explain(failed: Worker, workers: list[Worker]) -> None:
+def _explain(failed: Worker) -> None:
     """Show why, unless the first rank has shown it on the terminal."""
     if failed.log is None or (failed.code or 0) < 0:
         return
     if failed.code == EXPLAINED:
         print(failed.tail(), file=sys.stderr)
         return
-    print(f"{_fate(failed)}. The end of {failed.log}:\n{failed.tail()}", file=sys.stderr)
+    print(f"The end of {failed.log}:\n{failed.tail()}", file=sys.stderr)
 
 
 def _fate(worker: Worker) -> str:

@@ -81,7 +81,8 @@ class Pipeline:
         tied = is_tied(model)
         self.stages = cut_stages(model, self.rank, self.ranks, schedule, self.chunks)
         ends = {0, self.last_rank}
-        self._shares_table = tied and len(ends) == 2 and self.rank in ends
+        self._table_is_apart = tied and len(ends) == 2
+        self._shares_table = self._table_is_apart and self.rank in ends
         self._train: tuple[Any, list[_Place], Any] | None = None  # what the schedule was made for, and the schedule
         dist.barrier(group=group)  # nccl connects a group where all of it is; later some ranks talk to each other alone
 
@@ -110,10 +111,10 @@ class Pipeline:
             raise HanlinError(
                 "A pipeline calls stages, never the model, so train.compile would be ignored. Leave it out."
             )
-        if self._shares_table and self._table.grad is not None:
+        if self._table_is_apart and any(parameter.grad is not None for parameter in self.model.parameters()):
             raise HanlinError(
-                "The tied embedding has a gradient already, which cannot be told from this step's. Give all "
-                "micro-batches of an optimizer step to one `step`, and empty the gradients before."
+                "The model has gradients already, and those of its tied embedding could not be told from this step's. "
+                "Give all micro-batches of an optimizer step to one `step`, and empty the gradients before it."
             )
         wanted = (len(parts), self._state(parts[0]))
         if self._train is None or self._train[0] != wanted:

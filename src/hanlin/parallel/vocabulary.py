@@ -204,12 +204,12 @@ class _TokenSums(torch.autograd.Function):
         ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, head: Head, targets: Tensor,
         columns: Columns | None, chunk: int,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        cost, norms = rows.new_zeros((), dtype=wide_dtype(rows)), []
-        for part, aim in zip(rows.split(chunk), targets.split(chunk), strict=True):
-            log_norm, at_target, _, _ = _normaliser(head.logits(part), aim, columns)
+        cost, log_norms = (rows.new_zeros(n, dtype=wide_dtype(rows)) for n in ((), len(rows)))
+        for start in range(0, len(rows), chunk):
+            here = slice(start, start + chunk)
+            log_norm, at_target, _, _ = _normaliser(head.logits(rows[here]), targets[here], columns)
             cost += (log_norm - at_target).sum()
-            norms.append(log_norm)
-        log_norms = torch.cat(norms)
+            log_norms[here] = log_norm
         ctx.how = head, columns, chunk
         ctx.save_for_backward(rows, weight, bias, targets, log_norms)
         return cost, log_norms.square().sum()
@@ -225,8 +225,9 @@ class _TokenSums(torch.autograd.Function):
         grad_rows = torch.empty_like(rows) if need_rows else None
         grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if need_weight else None
         grad_bias = torch.zeros(len(weight), dtype=wide, device=weight.device) if need_bias else None
-        start = 0
-        for part, aim, log_norm in zip(rows.split(chunk), targets.split(chunk), log_norms.split(chunk), strict=True):
+        for start in range(0, len(rows), chunk):
+            here = slice(start, start + chunk)
+            part, aim, log_norm = rows[here], targets[here], log_norms[here]
             z = head.logits(part)
             local = aim if columns is None else aim - columns.start
             mine = (local >= 0) & (local < z.shape[-1])
@@ -240,9 +241,8 @@ class _TokenSums(torch.autograd.Function):
                 grad_bias += slope.sum(0)
             low = slope.to(rows.dtype)
             if grad_rows is not None:
-                torch.mm(low, matrix, out=grad_rows[start : start + len(part)])
+                torch.mm(low, matrix, out=grad_rows[here])
             if grad_weight is not None:
                 grad_weight += low.T @ part
-            start += len(part)
         made = (None if g is None else g.to(p.dtype) for g, p in ((grad_weight, weight), (grad_bias, bias)))
         return grad_rows, *made, None, None, None, None

@@ -6,7 +6,7 @@
     casts        2 bytes for each number of a matrix, kept for backward, where 16-bit products read fp32 weights: by
                  each micro-batch in flight
     activations  of the micro-batches in flight: plan.formulas.layer_activations_modern / tensor / context
-    loss         the logits of a chunk (or of all tokens with tensor parallelism), their slope, the head's gradient
+    loss         the logits of a chunk of tokens, their slope, the head's gradient
     buffers      what is gathered for a unit (ZeRO-3), buckets of gradients
 
 LoRA holds the weights once in 16 bits (QLoRA: NF4, 0.5 bytes and fp32 scales of blocks of 64 quantised to 8 bits:
@@ -143,13 +143,11 @@ def _activations(job: Job, layout: Layout, share: Share) -> float:
 
 
 def _loss(job: Job, layout: Layout) -> float:
-    numbers = job.config.vocab_size * job.config.width
+    vocabulary = job.config.vocab_size / layout.tensor
     tokens = job.length / layout.context * job.micro_batch
-    if layout.tensor > 1:
-        return tokens * job.config.vocab_size / layout.tensor * (2 * job.itemsize + 4.0)
-    rows = min(tokens, CHUNK_ROWS, max(1, CHUNK_LOGITS // job.config.vocab_size))
+    rows = min(tokens, CHUNK_ROWS, max(1, CHUNK_LOGITS // vocabulary))
     head = 8.0 + (2.0 if job.itemsize == 2 else 0.0)  # its gradient's sum, a chunk's part of it, a cast of its weight
-    return rows * job.config.vocab_size * 8.0 + head * numbers
+    return rows * vocabulary * 8.0 + head * vocabulary * job.config.width
 
 
 def _buffers(job: Job, layout: Layout, share: Share) -> float:

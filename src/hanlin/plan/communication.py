@@ -14,7 +14,7 @@ make them: `parallel.data`, `zero`, `crossing`, `sequence`, `vocabulary`, `pipel
                 a trained token (24 in fp64) and S
     sequence    2 gathers and 2 scatters of S a layer and way; gradients of norms; S for the last hidden states
     pipeline    `stages.sends` states of S; the gradient of a tied embedding once; the loss, one number
-    context     `ring`, `ulysses`: their docstrings
+    context     `ring`, `ulysses`: their docstrings; expert: `expert`, its docstring
     replicas    gradients once (none), `zero`: its docstring; experts over the ranks that hold the same ones
     step        (denominators + 2) fp64 numbers over all ranks, the loss over the replicas, the squared norm in fp64
                 where ranks hold different gradients, routers' loads
@@ -55,7 +55,8 @@ class Sent:
 class StepShape:
     """What a step moves. rows, length: of one micro-batch and a whole row on a data rank; micro_batches; activation,
     weight: bytes of a number; recompute: every layer runs its forward again; trained: tokens with a target on this rank
-    in all micro-batches (None: all but the last of each row), which the loss over a cut vocabulary exchanges."""
+    in all micro-batches (None: all but the last of each row), which the loss over a cut vocabulary exchanges; arrived:
+    rows that this rank's experts get in one forward pass of all layers and micro-batches (None: an even share)."""
 
     rows: int
     length: int
@@ -64,6 +65,7 @@ class StepShape:
     weight: int = 4
     recompute: bool = False
     trained: int | None = None
+    arrived: int | None = None
 
     @property
     def loss(self) -> int:
@@ -88,6 +90,8 @@ def step_traffic(
         found += _tensor(config, held, shape, layout)
     if layout.context > 1:
         found += _context(held, shape, layout)
+    if layout.expert > 1:
+        found += _expert(config, held, shape, layout)
     if layout.pipeline > 1:
         found += _pipeline(config, held, shape, layout, pipeline)
     found += _replicas(held, shape, layout)
@@ -235,6 +239,24 @@ def _context(held: Held, shape: StepShape, layout: Layout) -> Iterator[Sent]:
             back = shape.rows * t * a.heads * out * shape.activation
             yield Sent("context", "tokens for heads, and back", "all_to_all", (there + back) * (forwards + 1) * m,
                        2 * (forwards + 1) * m, n)  # fmt: skip
+
+
+# --- experts ---
+
+
+def _expert(config: ModelConfig, held: Held, shape: StepShape, layout: Layout) -> Iterator[Sent]:
+    """`parallel.expert`: each token's rows go to the ranks of its experts, and back."""
+    m, n = shape.micro_batches, layout.expert
+    forwards = 2 if shape.recompute else 1
+    found = [config.layers[number].feed_forward for number in held.layers]
+    experts = [f for f in found if isinstance(f, ExpertsConfig)]
+    sent = m * shape.rows * _tokens(shape, layout) * sum(f.router.top_k for f in experts)
+    arrived = sent if shape.arrived is None else shape.arrived
+    calls = m * len(experts)
+    size = config.width * shape.activation
+    yield Sent("expert", "counts", "all_to_all", 8 * m * forwards * sum(f.count for f in experts), calls * forwards, n)
+    yield Sent("expert", "tokens to their experts", "all_to_all", sent * size * (forwards + 1), calls * (forwards + 1), n)
+    yield Sent("expert", "and back", "all_to_all", arrived * size * (forwards + 1), calls * (forwards + 1), n)
 
 
 # --- pipeline ---

@@ -10,7 +10,10 @@ from typing import Any
 from hanlin.parallel.settings import Layout
 from hanlin.plan import formulas as f
 from hanlin.plan.closed import Job, closed_memory, frozen_bytes, lora_numbers, micro_batches
+from hanlin.plan.communication import by_axis
 from hanlin.plan.devices import Cluster
+from hanlin.plan.exact import Counted, count_exactly
+from hanlin.plan.memory import Memory
 from hanlin.plan.request import Request
 from hanlin.plan.scaling import CHINCHILLA, REPLICATION, rule_of_twenty
 from hanlin.plan.search import RESERVE, Candidate, Found, check_layout, describe_layout, fullest, search
@@ -42,13 +45,18 @@ def training_plan(
     if tokens is None and request.steps is not None:
         tokens = float(request.steps * request.job.tokens)
     room = cluster.device.memory - reserve
+    cuda = not cluster.device.name.startswith("CPU")
+    counted = [count_exactly(c.job, c.layout, request.optimizer, cuda=cuda) for c in chosen[:1]]
     plan: JsonValue = {
         "kind": "training",
         "name": request.name,
         "model": _model(request.job),
         "machine": _machine(cluster, reserve),
         "step": _step(request.job),
-        "layouts": [_layout(c, room, tokens, price) for c in chosen],
+        "layouts": [
+            _layout(c, room, tokens, price) | (_counted(counted[i], room) if i < len(counted) else {})
+            for i, c in enumerate(chosen)
+        ],
         "searched": None if found is None else {"tried": found.tried, "failed": found.failed, "fits": bool(found.best)},
         "tokens": tokens,
         "price_per_gpu_hour": price,
@@ -56,7 +64,7 @@ def training_plan(
         "notes": request.notes,
     }
     if chosen:
-        plan["formulas"] = [_formula(row) for row in classic_table(chosen[0])]
+        plan["formulas"] = [_formula(row) for row in classic_table(chosen[0], counted[0].memory)]
     plan["compute_optimal"] = _compute_optimal(request.job, tokens)
     return plan
 
@@ -67,8 +75,8 @@ def planned(job: Job, layout: Layout, cluster: Cluster, assumed: Assumptions) ->
     return Candidate(layout, job, fullest(job, layout), step_time(job, layout, cluster, assumed))
 
 
-def classic_table(candidate: Candidate) -> list[f.Formula]:
-    """Every classic formula beside the exact count of the same thing."""
+def classic_table(candidate: Candidate, run: Memory | None = None) -> list[f.Formula]:
+    """Every classic formula beside the exact count of the same thing. run: of this layout on fake tensors."""
     job, layout = candidate.job, candidate.layout
     config, sizes = job.config, job.sizes
     parameters = config.parameters()
@@ -113,6 +121,13 @@ def classic_table(candidate: Candidate) -> list[f.Formula]:
                   f.training_flops_palm(config, parameters.active, s, job.tokens), exact_flops,
                   "the whole matrix of scores instead of the causal half; the embedding's lookup"),
     ]  # fmt: skip
+    if run is not None and job.method == "full":
+        here = candidate.memory["activations"] + candidate.memory["casts"]
+        table.append(
+            f.Formula("activations here, closed form", "as above, / T, / C, x micro-batches in flight, + casts",
+                      "plan.closed", "bytes", here, float(run.parts["activations"]),
+                      "the run is at its fullest moment, which need not be that of the activations")
+        )  # fmt: skip
     whole = sum(plain.values())
     for name, low, high, meaning in f.rules_of_thumb(total):
         exact = weight_bytes(sizes, "bf16", ahead=True) if "load" in name[:4] else whole
@@ -234,6 +249,19 @@ def _layout(c: Candidate, room: float, tokens: float | None, price: float | None
             for axis, v in volumes(c.job, c.layout).items()
         },
     }  # fmt: skip
+
+
+def _counted(counted: Counted, room: float) -> JsonValue:
+    """The exact counts of a layout, beside its closed forms."""
+    found: JsonValue = {"not_counted": counted.why}
+    if counted.memory is not None:
+        found["memory_run"] = {name: size for name, size in counted.memory.parts.items() if size}
+        found["bytes_run"] = counted.memory.peak
+        found["fits_run"] = counted.memory.peak <= room
+    if counted.sent is not None:
+        found["communication_exact"] = by_axis(counted.sent)
+        found["calls"] = [{**sent.__dict__, "wire": sent.wire} for sent in counted.sent]
+    return found
 
 
 def _formula(row: f.Formula) -> JsonValue:

@@ -5,8 +5,8 @@
         does it fit?        closed_memory of every pipeline place <= memory - reserve
         how fast is it?     step_time
 
-A layout that fails is counted under its first reason. Of the layouts that
-use the same axes the fastest that fits stands for all, so that the next two are other ideas and not the same one again.
+A layout that fails is counted under its first reason. Of the layouts that use the same axes the fastest that fits stands
+for all, so that the next two are other ideas and not the same one again.
 """
 
 from collections import Counter

@@ -41,6 +41,10 @@ def _training(plan: Mapping[str, Any], console: Console) -> None:
             console.print(line)
         if first.get("memory_run"):
             console.print(_two_counts(first))
+            if not first["fits_run"]:
+                console.print("[bold red]Run on fake tensors it does not fit:[/] take a layout below it, or more devices.")
+        for what, why in first.get("not_counted", {}).items():
+            console.print(f"  {what} not counted exactly: {why}", style="bright_black")
         console.print(f"\n[bold]Time of a step[/], {first['seconds']['step']:.4g} s")
         console.print(_time(first))
         if first["communication"]:
@@ -150,9 +154,20 @@ def _time(row: Mapping[str, Any]) -> Table:
 
 
 def _communication(row: Mapping[str, Any]) -> Table:
-    table = _table("axis", "payload", "on the wire", "calls")
-    for axis, v in row["communication"].items():
-        table.add_row(axis, _bytes(v["payload"]), _bytes(v["wire"]), f"{v['calls']:,.0f}")
+    exact = row.get("communication_exact")
+    table = _table("axis", "textbook", *(("exact", "off", "on the wire", "calls") if exact else ("on the wire", "calls")))
+    said = row["communication"]
+    names = {"ring": "context", "ulysses": "context"}
+    for axis in dict.fromkeys([*(names.get(axis, axis) for axis in said), *(exact or {})]):
+        textbook = sum(v["payload"] for name, v in said.items() if names.get(name, name) == axis)
+        if exact is None:
+            v = next(v for name, v in said.items() if names.get(name, name) == axis)
+            table.add_row(axis, _bytes(v["payload"]), _bytes(v["wire"]), f"{v['calls']:,.0f}")
+            continue
+        v = exact.get(axis, {"payload": 0.0, "wire": 0.0, "calls": 0.0})
+        off = f"{textbook / v['payload'] - 1:+.1%}" if textbook and v["payload"] else ""
+        table.add_row(axis, _bytes(textbook) if textbook else "", _bytes(v["payload"]), off, _bytes(v["wire"]),
+                      f"{v['calls']:,.0f}")  # fmt: skip
     return table
 
 

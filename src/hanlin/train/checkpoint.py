@@ -205,7 +205,11 @@ def _await_reports(temporary: Path, world: int, hurried: Callable[[], bool]) -> 
         now = time.monotonic()
         if hurry_from is None and hurried():
             hurry_from = now
-        if not temporary.is_dir() or now - started > PATIENCE or (hurry_from is not None and now - hurry_from > LEAVING):
+        if (
+            not temporary.is_dir()
+            or now - started > PATIENCE
+            or (hurry_from is not None and now - hurry_from > LEAVING)
+        ):
             break
         time.sleep(0.02)
     if missing:

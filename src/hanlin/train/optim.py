@@ -27,6 +27,7 @@ from hanlin.train.adafactor import Adafactor
 from hanlin.train.choices import OptimizerChoice
 from hanlin.train.eight_bit import AdamW8bit
 from hanlin.train.muon import Exchange, Muon
+from hanlin.train.mup import Scale, split_by_scale
 
 Named = dict[str, nn.Parameter]
 Kind = Literal["matrices", "head", "embeddings", "vectors"]
@@ -130,13 +131,15 @@ def build_optimizer(
     pieces: Mapping[str, nn.Parameter] | None = None,
     kinds: Mapping[str, Kind] | None = None,
     exchange: Exchange | None = None,
+    scales: Mapping[str, Scale] | None = None,
 ) -> Optimizer:
     """The optimiser of a recipe over the trainable parameters of `model` (already on its device).
 
     dtype: of Muon's products (None: the parameters'). AdamW and SGD are torch's fused ones on CPU and CUDA.
     pieces: what to step on, by name, where that is not the parameters themselves (flat shares of ZeRO); a name that is
     missing has no share here. kinds: of `parameter_kinds`, before the model was laid over ranks. exchange: brings
-    pieces of matrices together, for Muon. `HanlinError` names what is not whole where the optimiser needs it to be.
+    pieces of matrices together, for Muon. scales: factors of muP, for AdamW. `HanlinError` names what is not whole
+    where the optimiser needs it to be.
     """
     whole = group_parameters(model, kinds)
     if not whole.all():
@@ -152,7 +155,7 @@ def build_optimizer(
     parts: list[torch.optim.Optimizer | None]
     match choice:
         case choices.AdamW():
-            parts = _build_adamw(groups, choice, lr)
+            parts = _build_adamw(groups, choice, lr, scales)
         case choices.Muon():
             if exchange is None:
                 _refuse_pieces("muon", model, groups.matrices, whole.matrices)
@@ -183,13 +186,27 @@ def _group(parameters: Iterable[nn.Parameter], peak: float, decay: float, **more
     return [{"params": members, "peak": peak, "lr": peak, "weight_decay": decay, **more}] if members else []
 
 
-def _build_adamw(groups: ParameterGroups, choice: choices.AdamW, lr: float) -> list[torch.optim.Optimizer | None]:
-    large = _group([*groups.matrices.values(), *groups.head.values()], lr, choice.weight_decay)
-    rest = _rest(groups, choice, lr)
+def _build_adamw(
+    groups: ParameterGroups, choice: choices.AdamW, lr: float, scales: Mapping[str, Scale] | None
+) -> list[torch.optim.Optimizer | None]:
+    large = _scaled(groups.matrices | groups.head, lr, choice.weight_decay, scales)
+    rest = _scaled(groups.embeddings, lr * choice.embedding_lr_ratio, _table_decay(choice), scales)
+    rest += _scaled(groups.vectors, lr, 0.0, scales)
     if choice.state_bits == 32:
         return [_adamw(large + rest, choice.betas, choice.eps)]
     narrow = AdamW8bit(large, betas=choice.betas, eps=choice.eps) if large else None
     return [narrow, _adamw(rest, choice.betas, choice.eps)]
+
+
+def _scaled(named: Named, lr: float, decay: float, scales: Mapping[str, Scale] | None) -> list[dict[str, Any]]:
+    """Groups of one rate each. scales: factors of `train.mup`."""
+    if scales is None:
+        return _group(named.values(), lr, decay)
+    return [
+        group
+        for scale, members in split_by_scale(named, scales).items()
+        for group in _group(members, lr * scale.lr, decay * scale.decay)
+    ]
 
 
 def _build_muon(

@@ -43,5 +43,11 @@ def refuse_what_cannot_act(
         raise HanlinError("train.spikes goes back to checkpoints (rollback): set train.save_every, or let it skip.")
     if settings.mup_base_width is not None and settings.optimizer.kind != "adamw":
         raise HanlinError(
-            f"The factors of train.mup_base_width are Adam's; found the optimizer {settings.optimizer.kind}. Take adamw."
+            f"train.mup_base_width gives factors for adamw; found the optimizer {settings.optimizer.kind}."
+        )
+    shared = layout.shard != "none" or layout.tensor > 1
+    if shared and run is not None and getattr(settings.optimizer, "state_bits", 32) == 8:
+        raise HanlinError(
+            "train.optimizer.state_bits 8 counts in blocks of 256 numbers of what a rank holds; where ranks share a "
+            "parameter (parallel.shard, parallel.tensor) such a state cannot be cut anew. Take 32 there."
         )

@@ -53,7 +53,9 @@ class Spikes(Section):
     ] = "skip"
     window: Annotated[int, Field(ge=8, description="steps that the median is taken over")] = 64
     threshold: Annotated[float, Field(gt=0)] = 8.0
-    before: Annotated[int, Field(ge=0, description="steps in front of a spike whose rows a rollback leaves out too")] = 1
+    before: Annotated[
+        int, Field(ge=0, description="steps in front of a spike whose rows a rollback leaves out too")
+    ] = 1
     most: Annotated[int, Field(gt=0, description="spikes in one run after which it stops with an error")] = 20
 
 

@@ -32,8 +32,10 @@ from hanlin.train.cluster import Cluster
 from hanlin.train.ema import EMA
 from hanlin.train.gradient import Gradient
 from hanlin.train.keeper import Keeper
+from hanlin.train.lr_finder import RangeTest, range_test
 from hanlin.train.monitor import Meter, peak_flops, synchronise
 from hanlin.train.monitors import Monitors
+from hanlin.train.mup import width_scales
 from hanlin.train.nonfinite import explain_nonfinite
 from hanlin.train.objective import Metrics, Objective
 from hanlin.train.optim import build_optimizer, clip_gradients, group_parameters
@@ -105,14 +107,13 @@ class Trainer:
         )
         self.gradient = Gradient(model, objective, self.cluster, self.balance)
         self.laid = self.cluster.laid(model)
-        self.keeper = run and Keeper(
-            run, Processes.here(), keep_last=settings.keep_last, notice=say, background=settings.background
-        )
+        self.keeper: Keeper | None = None
+        if run is not None:
+            self.keeper = Keeper(
+                run, Processes.here(), keep_last=settings.keep_last, notice=say, background=settings.background
+            )
         self.state, self.meter = TrainState(), Meter()
-        self.guard = settings.spikes and SpikeGuard(
-            SpikeDetector(settings.spikes.window, settings.spikes.threshold), settings.spikes.action,
-            before=settings.spikes.before, most=settings.spikes.most,
-        )  # fmt: skip
+        self.guard = _guard(settings)
         self.saved: int | None = None  # the step of the newest checkpoint
         self.about: dict[str, Any] = {}  # what a checkpoint says of its run; filled by `fit`
         self._prepare_optimizer()
@@ -203,6 +204,19 @@ class Trainer:
             whole = Transformer(self.model.config)
             whole.load_state_dict(export_weights(reader, average=self.average is not None), strict=False)
         yield whole
+
+    def find_lr(self, low: float = 1e-6, high: float = 1.0, steps: int = 100) -> RangeTest:
+        """A range test of the learning rate over the run's own data (`train.lr_finder`); nothing of it remains."""
+
+        def step(number: int, rate: float) -> float:
+            work = self._prepare(number % self.steps)
+            loss, _ = self.backward(work, self._totals(work, False)[0])
+            self.balance.drop()
+            self._update(float(self.cluster.gradient_norm()), rate / self.settings.lr)  # the peaks are at settings.lr
+            return float(loss)
+
+        with self._training(), self.cluster.published(untouched(self.laid, self.optimizer)):
+            return range_test(step, low=low, high=high, steps=steps)
 
     def _begin(self) -> int | None:
         """Seed, or continue from the newest checkpoint; returns its step."""
@@ -394,9 +408,11 @@ class Trainer:
 
     def _prepare_optimizer(self) -> None:
         """What belongs to the precision: optimiser, loss scale, average."""
+        base = self.settings.mup_base_width
         self.optimizer = build_optimizer(
             self.model, self.settings.optimizer, self.settings.lr, dtype=self.precision.products,
             pieces=self.cluster.pieces, kinds=self.cluster.kinds, exchange=self.cluster.exchange(self.model),
+            scales=None if base is None else width_scales(self.model.config, base),
         )  # fmt: skip
         self.scale = LossScale() if self.precision.scales_loss else None
         pieces, groups = self.cluster.pieces, vars(group_parameters(self.model, self.cluster.kinds))
@@ -410,9 +426,19 @@ class Trainer:
         return nullcontext() if self.average is None else self.cluster.published(self.average.swapped())
 
     def _training(self) -> AbstractContextManager[None]:
+        chosen = self.settings
         return training_mode(
-            self.model, precision=self.precision, compile=self.settings.compile, recompute=self.settings.recompute
-        )
+            self.model, precision=self.precision, compile=chosen.compile, recompute=chosen.recompute,
+            offload=chosen.offload,
+        )  # fmt: skip
 
     def _say(self, text: str) -> None:
         say(text, quiet=self.quiet or not self.cluster.first)
+
+
+def _guard(settings: TrainSettings) -> SpikeGuard | None:
+    chosen = settings.spikes
+    if chosen is None:
+        return None
+    detector = SpikeDetector(chosen.window, chosen.threshold)
+    return SpikeGuard(detector, chosen.action, before=chosen.before, most=chosen.most)

@@ -1,0 +1,70 @@
+"""The exact counts of one layout: memory by running the model on fake tensors, bytes call by call.
+
+The closed forms (`plan.closed`, `plan.volumes`) choose among thousands of layouts; what they chose is counted here, and
+the report shows both. What cannot be counted says why.
+"""
+
+from dataclasses import dataclass
+
+from hanlin.core.errors import HanlinError
+from hanlin.parallel.settings import Layout
+from hanlin.plan.closed import Job, micro_batches
+from hanlin.plan.communication import Sent, StepShape, step_traffic
+from hanlin.plan.memory import Memory, step_memory
+from hanlin.plan.work import Lora, Work
+from hanlin.train.choices import OptimizerChoice, Recompute
+from hanlin.tune.lora import LoraSettings
+
+KINDS = {"none": "none", "full": "full", "selective": "operators"}
+EVERYTHING = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Counted:
+    """memory: of the fullest pipeline place; sent: of the busiest; why: what could not be counted, by name."""
+
+    memory: Memory | None
+    sent: list[Sent] | None
+    why: dict[str, str]
+
+
+def count_exactly(job: Job, layout: Layout, optimizer: OptimizerChoice, *, cuda: bool) -> Counted:
+    """Both counts of `job` in `layout` (`data` filled in)."""
+    why: dict[str, str] = {}
+    memory, sent = None, None
+    try:
+        memory = exact_memory(job, layout, optimizer, cuda=cuda)
+    except HanlinError as error:
+        why["memory"] = str(error)
+    try:
+        sent = exact_traffic(job, layout)
+    except HanlinError as error:
+        why["communication"] = str(error)
+    return Counted(memory, sent, why)
+
+
+def exact_memory(job: Job, layout: Layout, optimizer: OptimizerChoice, *, cuda: bool) -> Memory:
+    """The peak of the first and of the last pipeline place, whichever is larger."""
+    if job.method == "qlora" or job.masters:
+        what = "QLoRA" if job.method == "qlora" else "half-precision master weights"
+        raise HanlinError(f"The model's own code has no {what} to run; the closed form stands alone.")
+    lora = None
+    if job.method == "lora":
+        lora = Lora(LoraSettings(job.rank), EVERYTHING, "bf16")
+    work = Work(
+        job.micro_batch, job.length, micro_batches(job, layout), job.precision, optimizer,
+        Recompute.model_validate({"kind": KINDS[job.recompute]}), lora,
+    )  # fmt: skip
+    places = sorted({0, layout.pipeline - 1})
+    found = [step_memory(job.config, work, layout, stage=p, device="cuda" if cuda else "cpu") for p in places]
+    return max(found, key=lambda memory: memory.peak)
+
+
+def exact_traffic(job: Job, layout: Layout) -> list[Sent]:
+    """Every call of the busiest pipeline place in one step of the trainer."""
+    if job.method != "full" or job.masters or job.recompute == "selective":
+        raise HanlinError("The bytes are counted for full training on fp32 weights, with all or nothing recomputed.")
+    shape = StepShape(
+        job.micro_batch, job.length, micro_batches(job, layout), job.itemsize, recompute=job.recompute == "full"
+    )
+    return step_traffic(job.config, shape, layout, pipeline=job.sizes.busiest(layout, job.length))

@@ -1,0 +1,92 @@
+"""`hanlin plan`: from recipes, names and folders; tables, JSON, a chart; clear words for what cannot be."""
+
+import json
+
+import pytest
+
+from hanlin.cli import main
+from hanlin.models.folder import save_config
+from hanlin.plan.known import known_config
+
+RECIPE = """
+name: planned
+tokenizer: nowhere/tokenizer
+model: {kind: new, depth: 4, width: 128, heads: 4, kv_heads: 2, hidden: 256}
+objective: {kind: causal_lm, shards: [{path: nowhere/shards}], seq_len: 128}
+train: {steps: 100, batch_size: 16, precision: bf16}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(RECIPE)
+    return str(file)
+
+
+def planned(capsys, *argv: str) -> dict:
+    assert main(["plan", *argv, "--json"]) == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_recipe_is_planned_without_its_tokenizer_and_data(recipe, capsys):
+    plan = planned(capsys, recipe, "--vocab-size", "4096", "--gpus", "cpu")
+    assert plan["tokens"] == 100 * 16 * 128
+    assert plan["layouts"][0]["memory_run"]["weights"] == 4 * plan["model"]["parameters"]
+    assert main(["plan", recipe]) == 2
+    assert "--vocab-size" in capsys.readouterr().err
+
+
+def test_a_model_folder_and_a_layout(tmp_path, capsys):
+    save_config(known_config("qwen3-0.6b"), tmp_path / "model")
+    plan = planned(capsys, str(tmp_path / "model"), "--gpus", "8xH100", "--tensor", "2", "--sequence", "--shard", "zero1",
+                   "--batch", "64", "--seq-len", "1024", "--price", "2", "--tokens", "1e9")  # fmt: skip
+    row = plan["layouts"][0]
+    assert row["layout"]["data"] == 4 and row["name"] == "TP2+SP x DP4 x zero1"
+    assert row["cost"] == pytest.approx(row["days"] * 24 * 8 * 2)
+    exact = row["communication_exact"]
+    assert exact["tensor"]["payload"] == pytest.approx(row["communication"]["tensor"]["payload"], rel=0.05)
+    assert {f["name"] for f in plan["formulas"]} >= {"parameters", "PP x ZeRO-1 a GPU", "FLOPs of a step, PaLM"}
+
+
+def test_a_table_and_a_chart(recipe, tmp_path, capsys):
+    out = tmp_path / "memory.png"
+    assert main(["plan", recipe, "--vocab-size", "4096", "--gpus", "H100", "--png", str(out)]) == 0
+    shown = capsys.readouterr().out
+    for words in ("Layouts", "Memory of the fullest rank", "Time of a step", "Classic formulas", "Compute-optimal"):
+        assert words in shown
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_lora_and_qlora_need_less(capsys):
+    sizes = {}
+    for method in ("full", "lora", "qlora"):
+        plan = planned(capsys, "llama-3-8b", "--gpus", "H200", "--method", method, "--batch", "1", "--seq-len", "512")
+        sizes[method] = plan["layouts"][0]["bytes"]
+    assert sizes["qlora"] < sizes["lora"] < 0.4 * sizes["full"]
+
+
+def test_serving(capsys):
+    plan = planned(capsys, "deepseek-r1", "--serve", "--gpus", "8xH200", "--dtype", "fp8")
+    assert plan["devices_per_replica"] == 8 and plan["published"]
+    assert main(["plan", "llama-3-8b", "--serve", "--gpus", "2xRTX-4090"]) == 0
+    assert "requests of 4,096 tokens at once" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["llama-3-70", "--gpus", "8xH100"], "Did you mean `llama-3-70b`"),
+        (["llama-3-8b", "--gpus", "8xH1O0"], "Nearest: H100"),
+        (["llama-3-8b", "--gpus", "8xH100", "--tensor", "3"], "do not divide"),
+        (["llama-3-8b", "--rank", "8"], "--rank belongs to --method lora"),
+        (["llama-3-8b", "--users", "8"], "--users belong to --serve"),
+        (["llama-3-8b", "--serve", "--batch", "8"], "--batch belong to training"),
+        (["llama-3-8b", "--gpus", "A100", "--precision", "fp8"], "has no fp8"),
+        (["llama-3-8b", "--tokens", "many"], "is no number"),
+        (["llama-3-8b", "--sequence"], "sequence shares tokens"),
+    ],
+)
+def test_mistakes_are_explained(argv, words, capsys):
+    assert main(["plan", *argv]) == 2
+    assert words in capsys.readouterr().err

@@ -1,0 +1,219 @@
+"""Several processes of one command: started together, ended together, started again when one is lost.
+
+The job is `toy_job.py`: it joins, saves in the background and continues as the trainer does. Weights are compared with
+those of one process: another order of the fp64 sums is the only difference, so 1e-12.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from toy_job import result
+
+from hanlin.core.errors import HanlinError
+from hanlin.core.launch import free_port, launch, share_of_cores
+from hanlin.core.runs import Run
+from hanlin.parallel.joining import Seat, first_host
+from hanlin.train.reader import open_checkpoint
+
+JOB = [sys.executable, str(Path(__file__).with_name("toy_job.py"))]
+LAUNCH = "import sys; from hanlin.core.launch import launch; sys.exit(launch(sys.argv[3:], int(sys.argv[1]), logs=sys.argv[2]))"  # noqa: E501
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The weights that one process finds in 12 steps."""
+    folder = tmp_path_factory.mktemp("alone")
+    subprocess.run([*JOB, folder, "12", "--save-every", "4"], check=True, timeout=120)
+    return result(folder)
+
+
+def started(folder, nproc, *flags, **settings):
+    return launch([*JOB, str(folder), "12", "--save-every", "4", *flags], nproc, logs=folder / "logs", **settings)
+
+
+def assert_equal(folder, alone):
+    assert (result(folder) - alone).abs().max() <= 1e-12 * alone.abs().max()
+
+
+def test_two_processes_equal_one_and_the_first_alone_is_heard(tmp_path, alone, capfd):
+    assert started(tmp_path, 2) == 0
+    assert_equal(tmp_path, alone)
+    assert capfd.readouterr().out == "done\n"
+    assert (tmp_path / "logs" / "rank-1.log").read_text() == ""
+
+
+def test_a_checkpoint_of_three_processes_continues_on_one_and_on_two(tmp_path, alone):
+    assert launch([*JOB, str(tmp_path), "6", "--save-every", "3"], 3, logs=tmp_path / "logs") == 0
+    (tmp_path / "weights.json").unlink()
+    assert open_checkpoint(tmp_path / "checkpoints" / "step-6").world == 3
+    assert launch([*JOB, str(tmp_path), "9", "--save-every", "3"], 1, logs=tmp_path / "logs") == 0
+    newest = tmp_path / "checkpoints" / "step-9"
+    assert (newest / "model.safetensors").is_file()  # one process writes whole files
+    assert started(tmp_path, 2) == 0
+    assert_equal(tmp_path, alone)
+
+
+def test_a_killed_process_is_started_again_with_the_others_and_the_result_is_the_same(tmp_path, alone, capfd):
+    assert started(tmp_path, 3, "--hurt", "1:7:kill") == 0
+    assert_equal(tmp_path, alone)
+    said = capfd.readouterr()
+    assert "Process 1 was killed by SIGKILL; all 3 processes start again from the last checkpoint (1 of 3" in said.err
+    assert "rank 0 continues from 4" in said.out
+    assert "rank 1 continues from 4" in (tmp_path / "logs" / "rank-1.log").read_text()
+    assert not [f for f in (tmp_path / "checkpoints").iterdir() if f.name.startswith(".")]
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_steps_four_processes_still_find_the_same(tmp_path, alone):
+    draw = random.Random(0)
+    for number in range(10):
+        folder = tmp_path / str(number)
+        hurt = f"{draw.randrange(4)}:{draw.randrange(12)}:kill"
+        assert started(folder, 4, "--hurt", hurt, quiet=True) == 0, hurt
+        assert_equal(folder, alone)
+
+
+@pytest.mark.slow
+def test_who_is_killed_again_and_again_is_given_up(tmp_path, capfd):
+    assert started(tmp_path, 2, "--hurt", "1:5:kill*", restarts=1) == 128 + signal.SIGKILL
+    said = capfd.readouterr().err
+    assert "(1 of 1 restarts)" in said and "given up after 1 restarts" in said
+    assert [step for step, _ in Run.open(tmp_path).checkpoints()] == [4]
+
+
+@pytest.mark.parametrize("hurt", [["1:3:mistake"], ["0:3:mistake", "1:3:mistake"]])
+def test_an_explained_mistake_is_printed_once_and_not_tried_again(tmp_path, hurt, capfd):
+    assert started(tmp_path, 2, "--hurt", *hurt) == 2
+    said = capfd.readouterr().err
+    assert said.count("The recipe is wrong.") == 1 and "start again" not in said
+
+
+def test_a_bug_shows_the_end_of_its_log_and_is_tried_again(tmp_path, alone, capfd):
+    assert started(tmp_path, 2, "--hurt", "1:3:bug") == 0
+    said = capfd.readouterr().err
+    assert "KeyError: 'bug'" in said and "Process 1 ended with exit code 1; all 2 processes start again" in said
+    assert_equal(tmp_path, alone)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_signal_is_passed_on_so_that_all_save_and_end(tmp_path, number, alone):
+    command = [*JOB, str(tmp_path), "12", "--save-every", "100", "--pause", "0.2"]
+    parent = subprocess.Popen([sys.executable, "-c", LAUNCH, "2", str(tmp_path / "logs"), *command])
+    wait_for_start(tmp_path)
+    parent.send_signal(number)
+    assert parent.wait(60) == 0
+    steps = [step for step, _ in Run.open(tmp_path).checkpoints()]
+    assert len(steps) == 1 and 0 <= steps[0] < 12
+    assert f"rank 1 stopped at {steps[0]}" in (tmp_path / "logs" / "rank-1.log").read_text()
+    assert started(tmp_path, 2) == 0
+    assert_equal(tmp_path, alone)
+
+
+def test_workers_do_not_outlive_their_launcher(tmp_path):
+    command = [*JOB, str(tmp_path), "100000", "--save-every", "100000", "--pause", "0.2"]
+    parent = subprocess.Popen([sys.executable, "-c", LAUNCH, "2", str(tmp_path / "logs"), *command])
+    wait_for_start(tmp_path)
+    parent.kill()
+    parent.wait(60)
+    until(lambda: list((tmp_path / "checkpoints").glob("step-*")))  # they saved
+
+
+def wait_for_start(folder):
+    """The first process opens the run before it trains; the two need a moment more to handle signals."""
+    until(lambda: (folder / "checkpoints").is_dir())
+    time.sleep(1.5)
+
+
+def until(true, seconds=60.0):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def torchrun(node, port, folder, log, *flags):
+    """One of two agents of torch's launcher, each with two workers: a machine of its own as far as they know."""
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2"),
+            *("--node-rank", str(node), "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"),
+            *("--rdzv-id", "test", "--local-addr", "127.0.0.1", "--max-restarts", "2"),
+            *(JOB[1], str(folder), "12", "--save-every", "4", *flags),
+        ],
+        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},
+        stdout=log.open("wb"),
+        stderr=subprocess.STDOUT,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--hurt", "3:7:kill"]])
+def test_two_machines_under_torchrun_equal_one_process(tmp_path, flags, alone):
+    """Also after a worker of one of them was lost: torchrun starts all four again, and they continue."""
+    port, logs = free_port(), [tmp_path / f"agent-{node}.log" for node in range(2)]
+    agents = [torchrun(node, port, tmp_path / "run", logs[node], *flags) for node in range(2)]
+    assert [agent.wait(180) for agent in agents] == [0, 0], logs[0].read_text()[-3000:]
+    assert_equal(tmp_path / "run", alone)
+    assert open_checkpoint(tmp_path / "run" / "checkpoints" / "step-12").world == 4
+    assert ("rank 0 continues from 4" in logs[0].read_text() + logs[1].read_text()) == bool(flags)
+
+
+def test_a_place_is_read_from_torchrun_slurm_and_open_mpi():
+    torchrun = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a"}
+    assert Seat.read(torchrun | {"MASTER_PORT": "77"}) == Seat(3, 8, 1, 2, "a", 77)
+    slurm = {
+        "SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "4",
+        "SLURM_STEP_ID": "0", "SLURM_NODELIST": "gpu[003-004]", "SLURM_JOB_ID": "41234",
+    }  # fmt: skip
+    assert Seat.read(slurm) == Seat(5, 8, 1, 4, "gpu003", 21234)
+    assert Seat.read(slurm | torchrun | {"MASTER_PORT": "77"}) == Seat(3, 8, 1, 2, "a", 77)
+    batch = {name: value for name, value in slurm.items() if name != "SLURM_STEP_ID"}
+    assert Seat.read(batch) is None  # the script itself: what it starts with srun are the processes
+    mpi = {
+        "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+        "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    }  # fmt: skip
+    assert Seat.read(mpi) == Seat(1, 2, 1, 2, "127.0.0.1", 29500)
+    assert Seat.read({}) is None
+    with pytest.raises(HanlinError, match="process 1 of 4 on several machines: set MASTER_ADDR"):
+        Seat.read(mpi | {"OMPI_COMM_WORLD_SIZE": "4"})
+    with pytest.raises(HanlinError, match="process 8 of 8; expected 0 to 7"):
+        Seat.read(torchrun | {"RANK": "8", "MASTER_PORT": "77"})
+    with pytest.raises(HanlinError, match="are not numbers"):
+        Seat.read(torchrun | {"RANK": "first", "MASTER_PORT": "77"})
+
+
+@pytest.mark.parametrize(
+    ("names", "first"),
+    [("node7", "node7"), ("gpu[003-004,9],login", "gpu003"), ("a1,a2", "a1"), ("n[7]-ib,m", "n7-ib"), ("x[2,5]", "x2")],
+)
+def test_the_first_machine_of_a_slurm_list(names, first):
+    assert first_host(names) == first
+
+
+def test_what_cannot_be_launched_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(HanlinError, match="1 or more; found 0"):
+        launch(["true"], 0, logs=tmp_path)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(HanlinError, match=r"one of several already \(RANK is set\)"):
+        launch(["true"], 2, logs=tmp_path)
+
+
+def test_who_finds_no_others_says_where_it_looked(tmp_path):
+    seat = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "no-such-machine.invalid", "MASTER_PORT": str(free_port())}
+    code = (
+        "from datetime import timedelta\nfrom hanlin.parallel.joining import join_group\n"
+        "with join_group('cpu', timeout=timedelta(seconds=2)): pass"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], env=os.environ | seat, capture_output=True, text=True)
+    assert "HanlinError: Process 1 of 2 could not join the others at no-such-machine.invalid:" in ended.stderr
+
+
+def test_cores_are_shared_out():
+    assert share_of_cores(1) == len(os.sched_getaffinity(0)) and share_of_cores(10**6) == 1
