@@ -26,14 +26,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=9)
     runs = parser.parse_args().runs
-    import harness
     import torch.multiprocessing as multiprocessing
+
+    import harness
 
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(measure, (folder, runs), nprocs=N)
         ranks = [json.loads(Path(folder, str(rank)).read_text()) for rank in range(N)]
-    rows, raw = [], {"ranks": N, "runs": runs, "load_average_before": load, "calls": []}
+    rows: list[dict[str, Any]] = []
+    kept: list[dict[str, Any]] = []
     for calls in zip(*ranks, strict=True):
         about = calls[0]
         times = {side: [max(call[side][run] for call in calls) for run in range(runs)] for side in ("ours", "torch")}
@@ -51,7 +53,8 @@ def main() -> None:
                 "ratio": f"{middle['ours'] / middle['torch']:.2f}",
             }
         )
-        raw["calls"].append({"name": about["name"], "size": about["size"], "seconds": times})
+        kept.append({"name": about["name"], "size": about["size"], "seconds": times})
+    raw = {"ranks": N, "runs": runs, "load_average_before": load, "calls": kept}
     harness.write_results("collectives", rows, raw)
 
 

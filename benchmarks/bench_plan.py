@@ -13,6 +13,7 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=["memory", "time"], help="memory, time or both")
     parser.add_argument("--only", nargs="*", help="these cases alone; nothing is written")
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # memory NAME: in this process
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # the memory of this case, in this process
     options = parser.parse_args()
     if options.one:
-        print(json.dumps({"memory": one_memory, "time": one_time}[options.one[0]](options.one[1])))
+        print(json.dumps(one_memory(options.one)))
         return
     from plan_cases import MEMORY
 
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if "memory" in options.what:
-        rows = [in_own_process("memory", name) for name in options.only or MEMORY]
+        rows = [in_own_process(name) for name in options.only or MEMORY]
         show_memory(rows)
         found["memory"] = rows
     if "time" in options.what:
@@ -42,11 +43,12 @@ def main() -> None:
     if not options.only:
         from hanlin.core.device import machine_summary
 
-        RESULTS.write_text(json.dumps({"machine": machine_summary(), **{k: found[k] for k in found if k != "machine"}}, indent=1))
+        rest = {name: rows for name, rows in found.items() if name != "machine"}
+        RESULTS.write_text(json.dumps({"machine": machine_summary(), **rest}, indent=1) + "\n")
 
 
-def in_own_process(what: str, name: str) -> dict[str, Any]:
-    ran = subprocess.run([sys.executable, __file__, "--one", what, name], capture_output=True, text=True)
+def in_own_process(name: str) -> dict[str, Any]:
+    ran = subprocess.run([sys.executable, __file__, "--one", name], capture_output=True, text=True)
     if ran.returncode:
         raise SystemExit(f"{name}: {ran.stderr[-2000:]}")
     return json.loads(ran.stdout.splitlines()[-1])
@@ -54,8 +56,6 @@ def in_own_process(what: str, name: str) -> dict[str, Any]:
 
 def one_memory(name: str) -> dict[str, Any]:
     """Predict, then measure, one case."""
-    import time
-
     from plan_cases import MEMORY
 
     from hanlin.plan.measure import measured_peak
@@ -87,16 +87,50 @@ def show_memory(rows: list[dict[str, Any]]) -> None:
           f"{100 * statistics.median(abs(r['error']) for r in rows):.2f} %\n")  # fmt: skip
 
 
-def one_time(name: str) -> dict[str, Any]:
-    raise NotImplementedError
+def timed(only: list[str] | None, *, rounds: int = 2, steps: int = 5) -> list[dict[str, Any]]:
+    """Rates, then every model's steps, then rates and steps again: the fastest of each counts, so that what else this
+    machine did at one of the two moments counts for nothing."""
+    import torch
+    from plan_cases import TIME
 
+    from hanlin.core.device import tune_allocator
+    from hanlin.plan.calibrate import fastest_of, measure_rates
+    from hanlin.plan.measure import measured_seconds
+    from hanlin.plan.seconds import price
+    from hanlin.plan.trace import trace_step
+    from hanlin.plan.work import open_bench
 
-def timed(only: list[str] | None) -> list[dict[str, Any]]:
-    raise NotImplementedError
+    tune_allocator()
+    names = only or list(TIME)
+    work = {name: trace_step(*TIME[name]) for name in names}
+    measured: dict[str, list[float]] = {name: [] for name in names}
+    found = []
+    for _ in range(rounds):
+        found.append(measure_rates())
+        for name in names:
+            bench = open_bench(*TIME[name], torch.device("cpu"))
+            measured[name] += measured_seconds(bench, steps=steps)
+    rates = fastest_of(found)
+    rows = []
+    for name in names:
+        predicted, best = price(work[name], rates), min(measured[name])
+        rows.append({
+            "case": name, "predicted": predicted.total, "measured": best, "median": statistics.median(measured[name]),
+            "error": predicted.total / best - 1, "gflops": predicted.flops / best / 1e9, "parts": predicted.parts,
+        })  # fmt: skip
+    return rows
 
 
 def show_time(rows: list[dict[str, Any]]) -> None:
-    raise NotImplementedError
+    print("| step | predicted ms | fastest ms | median ms | error % | GFLOP/s |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    for r in rows:
+        print(
+            f"| {r['case']} | {1e3 * r['predicted']:.1f} | {1e3 * r['measured']:.1f} | {1e3 * r['median']:.1f} | "
+            f"{100 * r['error']:+.1f} | {r['gflops']:.0f} |"
+        )
+    errors = [abs(r["error"]) for r in rows]
+    print(f"\n{len(rows)} models: median error {100 * statistics.median(errors):.1f} %, worst {100 * max(errors):.1f} %\n")
 
 
 if __name__ == "__main__":

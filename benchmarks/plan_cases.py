@@ -98,3 +98,23 @@ MEMORY: dict[str, Case] = {
     "GPT-2": (GPT2, Work(2, 512, precision="fp32")),
     "Gemma": (GEMMA, Work(4, 512)),
 }  # fmt: skip
+
+
+def small(width: int, depth: int, vocabulary: int, hidden: int, **rest) -> ModelConfig:
+    return llama(width, depth, vocabulary, hidden, heads=width // 64, kv=width // 64, **rest)
+
+
+TIME: dict[str, Case] = {
+    "4 x 256": (small(256, 4, 8192, 1024), Work(8, 256)),
+    "4 x 256, fp32": (small(256, 4, 8192, 1024), Work(8, 256, precision="fp32")),
+    "16 x 256, fp32": (small(256, 16, 4096, 768), Work(4, 256, precision="fp32")),
+    "3 x 768": (small(768, 3, 16384, 2048), Work(4, 256)),
+    "2 x 1024": (small(1024, 2, 8192, 2816), Work(2, 512)),
+    "wide vocabulary": (small(384, 3, 32000, 1024, tied_embeddings=True), Work(4, 256)),
+    "2,048 tokens": (small(384, 3, 8192, 1024), Work(1, 2048)),
+    "recompute, fp32": (small(384, 6, 8192, 1024), Work(4, 256, precision="fp32", recompute=FULL)),
+    "recompute": (small(512, 6, 8192, 1376), Work(4, 512, recompute=FULL)),
+    "8 micro-batches": (small(256, 4, 4096, 768), Work(2, 128, 8)),
+    "experts, fp32": (experts(2, 8, 512, 2), Work(4, 256, precision="fp32")),
+    "experts": (experts(3, 8, 512, 2), Work(4, 256)),
+}

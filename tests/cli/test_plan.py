@@ -32,15 +32,16 @@ def planned(capsys, *argv: str) -> dict:
 def test_a_recipe_is_planned_without_its_tokenizer_and_data(recipe, capsys):
     plan = planned(capsys, recipe, "--vocab-size", "4096", "--gpus", "cpu")
     assert plan["tokens"] == 100 * 16 * 128
-    assert plan["layouts"][0]["memory_run"]["weights"] == 4 * plan["model"]["parameters"]
+    run = plan["layouts"][0]["memory_run"]["weights"]  # and tables of sines and cosines
+    assert run == pytest.approx(4 * plan["model"]["parameters"], rel=0.02)
     assert main(["plan", recipe]) == 2
     assert "--vocab-size" in capsys.readouterr().err
 
 
 def test_a_model_folder_and_a_layout(tmp_path, capsys):
     save_config(known_config("qwen3-0.6b"), tmp_path / "model")
-    plan = planned(capsys, str(tmp_path / "model"), "--gpus", "8xH100", "--tensor", "2", "--sequence", "--shard", "zero1",
-                   "--batch", "64", "--seq-len", "1024", "--price", "2", "--tokens", "1e9")  # fmt: skip
+    flags = "--gpus 8xH100 --tensor 2 --sequence --shard zero1 --batch 64 --seq-len 1024 --price 2 --tokens 1e9"
+    plan = planned(capsys, str(tmp_path / "model"), *flags.split())
     row = plan["layouts"][0]
     assert row["layout"]["data"] == 4 and row["name"] == "TP2+SP x DP4 x zero1"
     assert row["cost"] == pytest.approx(row["days"] * 24 * 8 * 2)

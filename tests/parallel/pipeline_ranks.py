@@ -27,7 +27,7 @@ from hanlin.train.choices import Recompute
 from hanlin.train.objective import CausalLM, document_mask, step_loss
 from hanlin.train.recompute import recompute_layers
 
-VOCABULARY, WIDTH, ROWS, LENGTH, DEPTH, STEPS = 61, 32, 2, 12, 8, 5
+VOCABULARY, WIDTH, ROWS, LENGTH, DEPTH, STEPS, COUNT = 61, 32, 2, 12, 8, 5, 4
 DENSE = LayerConfig(AttentionConfig(4, 2, 8, qk_norm=True), FeedForwardConfig(40))
 EXPERTS = LayerConfig(AttentionConfig(4, 2, 8), ExpertsConfig(4, 16, RouterConfig(2), shared_hidden=8))
 MODELS: dict[str, dict[str, Any]] = {
@@ -43,6 +43,8 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "zero_bubble": {"schedule": "zero_bubble"},
     "zero_bubble of 4": {"schedule": "zero_bubble", "chunks": 4},
 }
+CHANGED = ("1f1b", "zero_bubble", "zero_bubble of 4")  # with recompute, and with frozen layers
+NUMBERS = (1, 2, 5)  # of micro-batches in zero_bubble
 MUTATIONS = ("gradient divided by micro-batches", "a border's gradient dropped", "tied gradient not summed")
 
 
@@ -323,24 +325,23 @@ def compare(rank: int, ranks: int, folder: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks)
     found: dict[str, Any] = {}
-    count = 8 if ranks == 2 else 4
     for name, choice in SCHEDULES.items():
         if ranks * choice.get("chunks", 1) > DEPTH:
             continue
         for kind in MODELS:
-            found[f"{kind}: {name}"] = gap(kind, count, **choice)
-        if ranks == 2:
-            found[f"recomputed: {name}"] = gap("experts", count, recompute, **choice)
-            found[f"frozen: {name}"] = gap("tied", count, freeze_beginning, **choice)
-        found[f"payload: {name}"] = payload("tied", count, **choice)
-        found[f"payload of bf16: {name}"] = payload("experts", count, bf16=True, **choice)
+            found[f"{kind}: {name}"] = gap(kind, 8 if (kind, ranks) == ("dense", 4) else COUNT, **choice)
+        if ranks == 2 and name in CHANGED:
+            found[f"recomputed: {name}"] = gap("experts", COUNT, recompute, **choice)
+            found[f"frozen: {name}"] = gap("tied", COUNT, freeze_beginning, **choice)
+        found[f"payload: {name}"] = payload("tied", COUNT, **choice)
+        found[f"payload of bf16: {name}"] = payload("experts", COUNT, bf16=True, **choice)
         found[f"held: {name}"] = held("tied", **choice)
-        found[f"evaluated: {name}"] = evaluated("dense", (1, 3, 4), **choice)
-    for number in (1, 2, 3, 5):
+        found[f"evaluated: {name}"] = evaluated("dense", (1, 3), **choice)
+    for number in NUMBERS:
         found[f"{number} micro-batches"] = gap("dense", number, schedule="zero_bubble")
     for name in MUTATIONS if ranks == 2 else ():
         with mutated(name):
-            found[name] = gap("tied", 4, schedule="1f1b")
+            found[name] = gap("tied", COUNT, schedule="1f1b")
     found["refused"] = {
         "shapes": refusal([*parts_of(0, 3), *parts_of(1, 1, length=7)], schedule="gpipe"),
         "none": refusal([], schedule="gpipe"),

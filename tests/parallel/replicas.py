@@ -3,6 +3,7 @@ beside the same steps in one process. What it finds is written to a file as JSON
 
 import gc
 import json
+import multiprocessing
 import os
 import traceback
 from collections.abc import Callable, Generator
@@ -37,7 +38,7 @@ from hanlin.tune.lora import add_lora
 
 ROWS, STEPS, MICRO = 8, 6, 2
 KINDS = ("untied", "tied", "moe", "lora", "frozen start", "recomputed")
-WAYS = ("data", "zero1", "zero2", "zero3")
+Ways = tuple[str, ...]  # of: data, zero1, zero2, zero3
 
 
 def model_of(kind: str) -> Transformer:
@@ -150,11 +151,11 @@ def train_together(kind: str, way: str, *, last: bool = True) -> float:
 # --- what the processes check; each returns something that JSON can hold ---
 
 
-def equals_one_process() -> dict[str, float]:
+def equals_one_process(ways: Ways) -> dict[str, float]:
     found = {}
     for kind in KINDS:
         wanted = train_alone(kind)
-        for way in WAYS:
+        for way in ways:
             model = model_of(kind)
             replication = replicate(model, way, dist.group.WORLD)
             steps_of(model, [replication])
@@ -162,15 +163,15 @@ def equals_one_process() -> dict[str, float]:
     return found
 
 
-def without_last() -> dict[str, float]:
-    return {way: train_together("untied", way, last=False) for way in WAYS}
+def without_last(ways: Ways) -> dict[str, float]:
+    return {way: train_together("untied", way, last=False) for way in ways}
 
 
-def experts_apart() -> dict[str, float]:
+def experts_apart(ways: Ways) -> dict[str, float]:
     """Dense parameters and experts in two sets over two groups, as expert parallelism has them."""
     found, wanted = {}, train_alone("moe")
     other = dist.new_group()
-    for way in WAYS:
+    for way in ways:
         model = model_of("moe")
         named = dict(model.named_parameters())
         experts = {name: p for name, p in named.items() if ".experts." in name}
@@ -186,11 +187,11 @@ def experts_apart() -> dict[str, float]:
     return found
 
 
-def unused_counts_as_zero() -> dict[str, float]:
+def unused_counts_as_zero(ways: Ways) -> dict[str, float]:
     """Only rank 0 uses the second layer's feed-forward in the first micro-batch, nobody in the second: gradients are
     what rank 0 alone has."""
     found = {}
-    for way in WAYS:
+    for way in ways:
         model, whole = model_of("untied"), model_of("untied")
         replication = replicate(model, way, dist.group.WORLD)
         replication.begin()
@@ -221,10 +222,10 @@ def gradient_gap(replication: Replication, whole: Transformer) -> float:
     return worst
 
 
-def bytes_of_a_step() -> dict[str, Any]:
+def bytes_of_a_step(ways: Ways) -> dict[str, Any]:
     """Measured payloads of the second step and the formulas of the docstrings, by way, kind and micro-batches."""
     found = {}
-    for way in WAYS:
+    for way in ways:
         for kind in KINDS:
             for micro in (1, 2):
                 model = model_of(kind)
@@ -270,10 +271,10 @@ def embeds(model: Transformer) -> bool:
     return model.model.embed_tokens.weight.requires_grad
 
 
-def memory() -> dict[str, Any]:
+def memory(ways: Ways) -> dict[str, Any]:
     """By way: bytes of the weights of a model of 16 equal layers, the most that lived at a time in a step (an optimiser
     of two states included), and what lives before the next, all from the profiler's events of allocation."""
-    return {way: memory_of(way) for way in WAYS}
+    return {way: memory_of(way) for way in ways}
 
 
 def memory_of(way: str) -> list[int]:
@@ -306,10 +307,10 @@ def memory_of(way: str) -> list[int]:
     return [weights, peak, idle]
 
 
-def packed_stay_views() -> dict[str, bool]:
+def packed_stay_views(ways: Ways) -> dict[str, bool]:
     """The projections' common matrix is a part of the flat buffer: one storage, and no copy is made of it."""
     found = {}
-    for way in WAYS[1:]:
+    for way in ways:
         model = model_of("moe")
         replication = replicate(model, way, dist.group.WORLD)
         steps_of(model, [replication])
@@ -328,10 +329,10 @@ def packed_stay_views() -> dict[str, bool]:
     return found
 
 
-def loading_reaches_the_pieces() -> dict[str, float]:
+def loading_reaches_the_pieces(ways: Ways) -> dict[str, float]:
     """Weights that are copied in inside `whole()`; then `close` leaves a plain model."""
     found = {}
-    for way in WAYS:
+    for way in ways:
         model, other = model_of("untied"), model_of("untied")
         with torch.no_grad():
             for parameter in other.parameters():
@@ -354,7 +355,7 @@ def loading_reaches_the_pieces() -> dict[str, float]:
     return found
 
 
-def refusals() -> dict[str, str]:
+def refusals(_: Ways) -> dict[str, str]:
     found = {}
 
     def note(name: str, act: Callable[[], Any]) -> None:
@@ -391,11 +392,11 @@ def refusals() -> dict[str, str]:
     return found
 
 
-def backward_without_weights() -> str:
+def backward_without_weights(ways: Ways) -> str:
     """A backward that leaves the gradients of weights for later, as zero bubble does: refused by zero3, which will have
     given the weights back; served by the others."""
     said = ""
-    for way in WAYS:
+    for way in ways:
         model, whole = model_of("untied"), model_of("untied")
         replication = replicate(model, way, dist.group.WORLD)
         replication.begin()
@@ -422,10 +423,10 @@ def backward_without_weights() -> str:
     return said
 
 
-def mixed_precision() -> dict[str, float]:
+def mixed_precision(ways: Ways) -> dict[str, float]:
     """bf16 activations over fp32 weights: relative distance of the whole gradient from one process's."""
     found = {}
-    for way in WAYS:
+    for way in ways:
         model, whole = model_of("moe").float(), model_of("moe").float()
         for each in (model, whole):
             each.compute_dtype = torch.bfloat16
@@ -438,10 +439,10 @@ def mixed_precision() -> dict[str, float]:
     return found
 
 
-def mutants() -> dict[str, float]:
+def mutants(ways: Ways) -> dict[str, float]:
     """The same comparison with something broken; each must be seen."""
     found = {}
-    for way in WAYS:
+    for way in ways:
         for name, broken in MUTATIONS.items():
             if name.startswith(("reduce", "gather", "share")) and way == "data":
                 continue
@@ -500,7 +501,7 @@ MUTATIONS: dict[str, Callable[[], Any]] = {
 }
 
 
-def fsdp2() -> dict[str, float]:
+def fsdp2(ways: Ways) -> dict[str, float]:
     """Gradients and weights of torch's own `fully_shard` after the same steps."""
     reference = model_of("untied")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -523,7 +524,7 @@ def fsdp2() -> dict[str, float]:
         optimizer.step()
     wanted = {name: p.full_tensor().detach() for name, p in reference.named_parameters()}
     found = {}
-    for way in WAYS:
+    for way in ways:
         model = model_of("untied")
         replication = replicate(model, way, dist.group.WORLD)
         steps_of(model, [replication])
@@ -531,7 +532,7 @@ def fsdp2() -> dict[str, float]:
     return found
 
 
-def over_a_tensor_cut() -> dict[str, float]:
+def over_a_tensor_cut(ways: Ways) -> dict[str, float]:
     """2 replicas of a model that is cut over 2 ranks (rank = 2 * data + tensor), as 3 steps of one process."""
     rank, found = dist.get_rank(), {}
     rows = [dist.new_group([0, 1]), dist.new_group([2, 3])]
@@ -550,7 +551,7 @@ def over_a_tensor_cut() -> dict[str, float]:
             optimizer.zero_grad()
             learn(whole, step, 0, ROWS)
             optimizer.step()
-        for way in WAYS:
+        for way in ways:
             model = shard(model_of(kind), tensor)
             replication = replicate(model, way, data)
             optimizer = adam(replication.pieces.values())
@@ -570,22 +571,7 @@ def over_a_tensor_cut() -> dict[str, float]:
     return found
 
 
-def compiled() -> dict[str, float]:
-    """The gradient of a compiled model (graphs by torch, kernels plain)."""
-    found = {}
-    for way in WAYS:
-        model, whole = model_of("untied"), model_of("untied")
-        replication = replicate(model, way, dist.group.WORLD)
-        model.compile(backend="aot_eager")
-        run_step(model, [replication], 0)
-        for start in range(0, ROWS, 2):
-            loss_of(whole, 0, start, start + 2).backward()
-        found[way] = gradient_gap(replication, whole)
-        torch.compiler.reset()
-    return found
-
-
-def every_call() -> dict[str, Any]:
+def every_call(_: Ways) -> dict[str, Any]:
     """[operation, payload, ranks] of every call, in order; and of a group of one's own; and in a backward."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     x, whole = torch.ones(6), torch.ones(6 * ranks, dtype=torch.float64)
@@ -626,17 +612,17 @@ def every_call() -> dict[str, Any]:
     }  # fmt: skip
 
 
-CHECKS: dict[str, Callable[[], Any]] = {
-    check.__name__: check
-    for check in (
+CHECKS: dict[str, Callable[[tuple[str, ...]], Any]] = {
+    function.__name__: function
+    for function in (
         equals_one_process, without_last, experts_apart, unused_counts_as_zero, bytes_of_a_step, memory,
-        packed_stay_views, loading_reaches_the_pieces, refusals, backward_without_weights, mixed_precision, mutants, over_a_tensor_cut, compiled, every_call,
-        fsdp2,
+        packed_stay_views, loading_reaches_the_pieces, refusals, backward_without_weights, mixed_precision, mutants,
+        fsdp2, over_a_tensor_cut, every_call,
     )
 }  # fmt: skip
 
 
-def check(rank: int, ranks: int, folder: str, names: list[str]) -> None:
+def check(rank: int, ranks: int, folder: str, names: list[str], ways: Ways) -> None:
     """Run the named checks in one of `ranks` processes; writes {name: what it found, or a traceback in text}."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -645,8 +631,25 @@ def check(rank: int, ranks: int, folder: str, names: list[str]) -> None:
         meeting = f"file://{folder}/meeting-{name}"
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks)
         try:
-            found[name] = CHECKS[name]()
+            found[name] = CHECKS[name](ways)
         except Exception:
             found[name] = traceback.format_exc()
         dist.destroy_process_group()
     Path(folder, str(rank)).write_text(json.dumps(found), encoding="utf-8")
+
+
+def in_processes(folder: Path, ranks: int, names: list[str], ways: Ways) -> dict[str, Any]:
+    """What the named checks found on each of `ranks` processes: {name: [of rank 0, ...]}; an error fails the test."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "hanlin.train.objective"])
+    processes = [context.Process(target=check, args=(rank, ranks, str(folder), names, ways)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(600)
+        assert process.exitcode == 0
+    found = [json.loads((folder / str(rank)).read_text(encoding="utf-8")) for rank in range(ranks)]
+    for mine in found:
+        for name, said in mine.items():
+            assert not (isinstance(said, str) and said.startswith("Traceback")), f"{name}: {said}"
+    return {name: [mine[name] for mine in found] for name in names}

@@ -6,11 +6,14 @@ import multiprocessing
 import pytest
 import torch
 from tests.parallel.pipeline_ranks import (
+    CHANGED,
+    COUNT,
     DENSE,
     DEPTH,
     LENGTH,
     MODELS,
     MUTATIONS,
+    NUMBERS,
     ROWS,
     SCHEDULES,
     WIDTH,
@@ -46,7 +49,7 @@ def found(tmp_path_factory):
         for process in processes:
             process.start()
         for process in processes:
-            process.join(400)
+            process.join(600)
             if process.is_alive():
                 process.kill()
             assert process.exitcode == 0
@@ -66,14 +69,14 @@ def test_five_steps_give_the_losses_weights_and_expert_loads_of_one_process(foun
 
 
 @pytest.mark.parametrize("change", ("recomputed", "frozen"))
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", CHANGED)
 def test_recompute_and_frozen_layers_change_nothing(found, schedule, change):
     for mine in found[2]:
         loss, weight, _ = mine[f"{change}: {schedule}"]
         assert max(loss, weight) <= 1e-10
 
 
-@pytest.mark.parametrize("count", (1, 2, 3, 5))
+@pytest.mark.parametrize("count", NUMBERS)
 @pytest.mark.parametrize("ranks", (2, 4))
 def test_the_v_of_zero_bubble_takes_any_number_of_micro_batches(found, ranks, count):
     for mine in found[ranks]:
@@ -96,8 +99,7 @@ def test_every_rank_sends_what_the_formula_says_from_the_first_step_on(found, ra
         stages = ranks * len(rank_stages(0, ranks, **SCHEDULES[schedule]))
         borders = stages - 1 - (schedule == "zero_bubble")  # there the last rank hands itself on
         state = ROWS * LENGTH * WIDTH * (2 if "bf16" in name else 8)
-        count = 8 if ranks == 2 else 4
-        assert sum(mine[name]["states"] for mine in found[ranks]) == 2 * borders * count * state
+        assert sum(mine[name]["states"] for mine in found[ranks]) == 2 * borders * COUNT * state
 
 
 @pytest.mark.parametrize(("ranks", "schedule"), PLACES)

@@ -78,8 +78,8 @@ def seen(request, tmp_path_factory):
 
 
 def test_planned_bytes_equal_traced_bytes(seen):
-    """Op by op and rank by rank; how many rows come to a rank's experts is the routers' choice, so those bytes are added
-    up over all ranks."""
+    """Op by op and rank by rank; how many rows come to a rank's experts is the routers' choice, so those bytes are
+    added up over all ranks."""
     world, ranks = seen
     wrong = []
     for number, (model, fields, how) in enumerate(CASES[world]):
@@ -90,9 +90,7 @@ def test_planned_bytes_equal_traced_bytes(seen):
                 found["rows"], LENGTH, found["micro_batches"], recompute="recompute" in how,
                 trained=found["trained"],
             )  # fmt: skip
-            planned = step_traffic(
-                config_of(model), shape, layout, pipeline=found["pipeline"], tensor=found["tensor"]
-            )
+            planned = step_traffic(config_of(model), shape, layout, pipeline=found["pipeline"], tensor=found["tensor"])
             traced, told = found["bytes"], by_op(planned)
             if "expert" in fields:
                 chosen[0] += traced.pop("all_to_all")

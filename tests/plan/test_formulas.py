@@ -1,7 +1,6 @@
 """Classic formulas give their papers' numbers, and closed forms of a rank add up to the model."""
 
 import pytest
-import torch
 
 from hanlin.models.config import AttentionConfig, FeedForwardConfig, ModelConfig, NormConfig
 from hanlin.models.transformer import Transformer
@@ -48,7 +47,7 @@ def test_model_states_are_sixteen_bytes_both_ways():
         assert f.model_state_bytes(7.5e9, mixed=mixed) == 120e9
     # ZeRO, figure 1: 7.5B over 64 devices
     stages = [f.model_state_bytes(7.5e9, shard=shard, replicas=64) / 1e9 for shard in ("zero1", "zero2", "zero3")]
-    assert stages == pytest.approx([31.4, 16.6, 1.88], rel=2e-3)
+    assert stages == pytest.approx([31.4, 16.6, 1.88], rel=5e-3)
 
 
 def test_activations_of_gpt3_are_korthikantis():
@@ -82,7 +81,7 @@ def test_shares_of_all_ranks_are_the_model(name):
     for place in range(layout.pipeline):
         share, held = sizes.share(layout, place), held_by(config, layout, pipeline=place)
         total += share.dense + share.experts * experts
-        exact += held.rest + sum(dense + own * experts for dense, own in held.layers.values())
+        exact += held.rest + held.ahead * experts + sum(dense + own * experts for dense, own in held.layers.values())
     again = config.vocab_size * config.width if config.tied_embeddings and layout.pipeline > 1 else 0
     assert exact == config.parameters().total + again
     assert total == pytest.approx(exact, rel=1e-6)
@@ -101,7 +100,12 @@ def test_tensor_shares_hold_what_shard_leaves(tensor):
 
 def test_lora_numbers_are_what_add_lora_adds():
     config = ModelConfig.uniform(
-        "llama", depth=3, attention=AttentionConfig(4, 2, 8), feed_forward=FeedForwardConfig(48), vocab_size=61, width=32
+        "llama",
+        depth=3,
+        attention=AttentionConfig(4, 2, 8),
+        feed_forward=FeedForwardConfig(48),
+        vocab_size=61,
+        width=32,
     )
     adapter = add_lora(Transformer(config), 4, 8.0, "all")
     assert sum(p.numel() for p in adapter.parameters()) == lora_numbers(Sizes(config), 4)
@@ -110,16 +114,20 @@ def test_lora_numbers_are_what_add_lora_adds():
 def test_qlora_holds_matrices_in_nf4():
     """Llama-3-8B: 6.98B numbers in matrices at 4.127 bits, embedding and head in 16 (arXiv:2305.14314)."""
     sizes = Sizes(known_config("llama-3-8b"))
-    assert NF4_BYTES * 8 == pytest.approx(4.127)
-    assert frozen_bytes(sizes, "qlora") == pytest.approx(sizes.matrices * 4.127 / 8 + 2 * (sizes.total - sizes.matrices))
+    assert pytest.approx(4.127) == NF4_BYTES * 8
+    assert frozen_bytes(sizes, "qlora") == pytest.approx(
+        sizes.matrices * 4.127 / 8 + 2 * (sizes.total - sizes.matrices)
+    )
     assert frozen_bytes(sizes, "qlora") / frozen_bytes(sizes, "lora") < 0.4
 
 
 def test_zero_divides_what_it_says():
     job = Job.of(known_config("llama-3-8b"), 64, 1024)
+
     def states(shard: str) -> list[float]:
         found = closed_memory(job, Layout(shard=shard).fitted(8))
         return [found[name] / job.sizes.total for name in ("weights", "gradients", "optimiser")]
+
     assert states("zero1") == pytest.approx([4, 4, 1])
     assert states("zero2") == pytest.approx([4, 0.5, 1])
     assert states("zero3") == pytest.approx([0.5, 0.5, 1])
@@ -130,4 +138,3 @@ def test_schedules_keep_so_many_micro_batches():
     for schedule, most in (("naive", 1), ("gpipe", 16), ("1f1b", 4)):
         assert in_flight(job, Layout(pipeline=4, schedule=schedule).fitted(4), 0) == most
     assert in_flight(job, Layout(pipeline=4).fitted(4), 3) == 1
-    assert torch.get_num_threads() >= 1

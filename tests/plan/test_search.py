@@ -72,7 +72,9 @@ def test_a_perfect_machine_reaches_the_peak():
     cluster = parse_gpus("1xH100")
     fast = replace(cluster.device, bandwidth=1e30)
     perfect = Assumptions(matmul=1.0, small=0.0, memory=1.0, latency=0.0)
-    time = step_time(Job.of(known_config("qwen3-0.6b"), 8, 4096), Layout().fitted(1), replace(cluster, device=fast), perfect)
+    time = step_time(
+        Job.of(known_config("qwen3-0.6b"), 8, 4096), Layout().fitted(1), replace(cluster, device=fast), perfect
+    )
     assert time.mfu == pytest.approx(1.0, rel=1e-6)
     assert time.days(time.tokens_per_day) == pytest.approx(1.0)
     assert time.cost(time.tokens_per_day, 2.0) == pytest.approx(48.0)

@@ -40,7 +40,7 @@ def test_a_model_that_does_not_fit_is_refused_with_its_size():
 
 @pytest.mark.parametrize(("gpus", "rows"), [("8xH200", 4), ("16xH200", 3)])
 def test_the_published_table_of_deepseek_r1(gpus, rows):
-    """Weights within 2 % (their GB are GiB). The roofline is an upper bound: the published speeds are 25 to 55 % of it."""
+    """Weights within 2 % (their GB are GiB). The roofline is an upper bound: published speeds are 25 to 55 % of it."""
     service = serve(known_config("deepseek-r1"), parse_gpus(gpus), dtype="fp8", tensor=16 if "16" in gpus else 8,
                     set_aside=PROMPTS)  # fmt: skip
     table = beside_published(service)

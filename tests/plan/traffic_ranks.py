@@ -1,4 +1,4 @@
-"""What each process of `test_communication` does: a step out of the trainer's own parts under the tracer, as JSON in a folder."""
+"""What each process of `test_communication` does: a step out of the trainer's own parts under the tracer."""
 
 import json
 import os

@@ -51,6 +51,20 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], str, dict[str, Any]]] = {
     "dp2-cp2-tp2": (8, {"tensor": 2, "context": 2, "shard": "zero2"}, "dense", {}),
 }
 
+# The smallest layouts that show a mistake, and what a layout of its own kind adds to the bytes.
+SMALL: dict[str, tuple[int, dict[str, Any], str, dict[str, Any]]] = {
+    "two": (2, {}, "dense", {}),
+    "two-moe": (2, {}, "moe", {}),
+    "two-zero1": (2, {"shard": "zero1"}, "dense", {}),
+    "two-zero1-muon": (2, {"shard": "zero1"}, "dense", {"optimizer": {"kind": "muon"}}),
+    "two-stages": (2, {"pipeline": 2}, "dense", {}),
+    "two-stages-tied": (2, {"pipeline": 2}, "tied", {}),
+    "two-sequence": (2, {"tensor": 2, "sequence": True}, "dense", {}),
+    "zero2-tp2-muon-moe": (4, {"tensor": 2, "shard": "zero2"}, "moe", {"optimizer": {"kind": "muon"}}),
+    "zero1-ep2-muon": (4, {"expert": 2, "shard": "zero1"}, "moe", {"optimizer": {"kind": "muon"}}),
+}
+CASES = LAYOUTS | SMALL
+
 
 def layout_model(kind: str, dtype: torch.dtype = torch.float64) -> Transformer:
     """Eight layers, so that every rank of four has two stages; kind: dense, tied or moe."""
@@ -71,19 +85,34 @@ def layout_model(kind: str, dtype: torch.dtype = torch.float64) -> Transformer:
     return model
 
 
-def train_case(name: str, folder: Path, dtype: torch.dtype = torch.float64, *, layout: bool = True) -> None:
-    """Train the case's model in `folder`, over all processes of the group (or alone: layout=False)."""
-    _, axes, kind, rest = LAYOUTS[name]
+def make_trainer(
+    name: str,
+    run: Run | None,
+    dtype: torch.dtype = torch.float64,
+    *,
+    layout: bool = True,
+    steps: int = STEPS,
+    trainer: type[Trainer] = Trainer,
+) -> Trainer:
+    """The case's trainer, of all processes of the group, or of this one alone (layout=False)."""
+    _, axes, kind, rest = CASES[name]
     settings = {
-        "steps": STEPS, "batch_size": ROWS, "micro_batch_size": MICRO, "precision": "fp32", "log_every": 1, "lr": 3e-3,
+        "steps": steps, "batch_size": ROWS, "micro_batch_size": MICRO, "precision": "fp32", "log_every": 1, "lr": 3e-3,
         "schedule": {"kind": "constant"}, "clip": 0.5, **rest,
     }  # fmt: skip
     if kind == "moe":
         settings |= {"balance": {"kind": "loss", "weight": 0.05}, "router_z_loss": 1e-3}
-    trainer = Trainer(
+    return trainer(
         layout_model(kind, dtype), CausalLM(), TinySource(ROWS), TrainSettings.model_validate(settings),
-        layout=Layout.model_validate(axes) if layout else None, run=Run(folder), quiet=True,
+        layout=Layout.model_validate(axes) if layout else None, run=run, quiet=True,
     )  # fmt: skip
+
+
+def train_case(
+    name: str, folder: Path, dtype: torch.dtype = torch.float64, *, layout: bool = True, steps: int = STEPS
+) -> None:
+    """Train the case's model in `folder`, over all processes of the group (or alone: layout=False)."""
+    trainer = make_trainer(name, Run(folder), dtype, layout=layout, steps=steps)
     with Tracer() as tracer:
         trainer.fit()
     rank = dist.get_rank() if dist.is_initialized() else 0

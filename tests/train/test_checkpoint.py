@@ -11,9 +11,12 @@ from safetensors.torch import load_file
 from tiny_training import assert_same_bits, tiny_model, train, weights
 
 from hanlin.core.errors import HanlinError
+from hanlin.core.files import file_hash
 from hanlin.core.runs import Run
 from hanlin.train import checkpoint
-from hanlin.train.checkpoint import newest_checkpoint, read_checkpoint, write_tensors
+from hanlin.train.checkpoint import newest_checkpoint
+from hanlin.train.reader import open_checkpoint
+from hanlin.train.tensor_file import write_tensors
 
 
 def steps_of(folder: Path) -> list[int]:
@@ -34,7 +37,7 @@ def test_tensor_files_are_safetensors_in_every_dtype_and_of_views(tmp_path):
         "名": torch.randn(2, dtype=torch.float64),
     }
     digest = write_tensors(tmp_path / "t.safetensors", tensors)
-    assert digest == checkpoint.file_hash(tmp_path / "t.safetensors")
+    assert digest == file_hash(tmp_path / "t.safetensors")
     assert_same_bits(load_file(tmp_path / "t.safetensors"), tensors)
 
 
@@ -110,9 +113,9 @@ def test_only_damaged_checkpoints_stop_the_run_instead_of_starting_over(tmp_path
 def test_a_newer_format_is_refused_not_skipped(tmp_path):
     train(tmp_path, {"steps": 1})
     manifest = tmp_path / "checkpoints" / "step-1" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(HanlinError, match="format 2; this version of Hanlin reads format 1"):
-        read_checkpoint(manifest.parent)
+    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 3'))
+    with pytest.raises(HanlinError, match="format 3; this version of Hanlin reads formats 1 and 2"):
+        open_checkpoint(manifest.parent)
 
 
 def test_a_full_disk_ends_with_one_paragraph_and_the_old_checkpoint_lives(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ those of one process: another order of the fp64 sums is the only difference, so 
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -34,7 +35,8 @@ def alone(tmp_path_factory):
 
 
 def started(folder, nproc, *flags, **settings):
-    return launch([*JOB, str(folder), "12", "--save-every", "4", *flags], nproc, logs=folder / "logs", **settings)
+    """Saved every two steps: who dies at step 7 was past the save of step 6, which waited for that of step 4."""
+    return launch([*JOB, str(folder), "12", "--save-every", "2", *flags], nproc, logs=folder / "logs", **settings)
 
 
 def assert_equal(folder, alone):
@@ -64,8 +66,9 @@ def test_a_killed_process_is_started_again_with_the_others_and_the_result_is_the
     assert_equal(tmp_path, alone)
     said = capfd.readouterr()
     assert "Process 1 was killed by SIGKILL; all 3 processes start again from the last checkpoint (1 of 3" in said.err
-    assert "rank 0 continues from 4" in said.out
-    assert "rank 1 continues from 4" in (tmp_path / "logs" / "rank-1.log").read_text()
+    from_step = re.findall(r"rank 0 continues from (\d)", said.out)
+    assert from_step in (["4"], ["6"])
+    assert f"rank 1 continues from {from_step[0]}" in (tmp_path / "logs" / "rank-1.log").read_text()
     assert not [f for f in (tmp_path / "checkpoints").iterdir() if f.name.startswith(".")]
 
 
@@ -81,10 +84,10 @@ def test_killed_at_ten_random_steps_four_processes_still_find_the_same(tmp_path,
 
 @pytest.mark.slow
 def test_who_is_killed_again_and_again_is_given_up(tmp_path, capfd):
-    assert started(tmp_path, 2, "--hurt", "1:5:kill*", restarts=1) == 128 + signal.SIGKILL
+    assert started(tmp_path, 2, "--hurt", "1:7:kill*", restarts=1) == 128 + signal.SIGKILL
     said = capfd.readouterr().err
     assert "(1 of 1 restarts)" in said and "given up after 1 restarts" in said
-    assert [step for step, _ in Run.open(tmp_path).checkpoints()] == [4]
+    assert Run.open(tmp_path).checkpoints()[-1][0] in (4, 6)
 
 
 @pytest.mark.parametrize("hurt", [["1:3:mistake"], ["0:3:mistake", "1:3:mistake"]])
@@ -144,7 +147,7 @@ def torchrun(node, port, folder, log, *flags):
             *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2"),
             *("--node-rank", str(node), "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"),
             *("--rdzv-id", "test", "--local-addr", "127.0.0.1", "--max-restarts", "2"),
-            *(JOB[1], str(folder), "12", "--save-every", "4", *flags),
+            *(JOB[1], str(folder), "12", "--save-every", "2", *flags),
         ],
         env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},
         stdout=log.open("wb"),
@@ -161,7 +164,7 @@ def test_two_machines_under_torchrun_equal_one_process(tmp_path, flags, alone):
     assert [agent.wait(180) for agent in agents] == [0, 0], logs[0].read_text()[-3000:]
     assert_equal(tmp_path / "run", alone)
     assert open_checkpoint(tmp_path / "run" / "checkpoints" / "step-12").world == 4
-    assert ("rank 0 continues from 4" in logs[0].read_text() + logs[1].read_text()) == bool(flags)
+    assert ("rank 0 continues from" in logs[0].read_text() + logs[1].read_text()) == bool(flags)
 
 
 def test_a_place_is_read_from_torchrun_slurm_and_open_mpi():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hanlin.core.errors import HanlinError
 from hanlin.models.tensor_plan import Cut, share
-from hanlin.parallel.tensor import _take
+from hanlin.parallel.tensor import cut_tensor
 from hanlin.train.checkpoint import finish_parts, part_file, shared_folder, write_checkpoint, write_part
 from hanlin.train.reader import DamagedCheckpointError, export_weights, open_checkpoint
 from hanlin.train.sharded import Held, Share, assign, join, local_shape, take, whole_shape
@@ -93,7 +93,7 @@ def test_a_share_is_what_tensor_parallelism_takes(seed):
     whole = numbers(shape, seed=seed)
     for rank in range(ranks):
         cut = Share(dim, pieces, units, *share(units, rank, ranks))
-        theirs = _take(whole, Cut("heads", dim, pieces), units, rank, ranks)
+        theirs = cut_tensor(whole, Cut("heads", dim, pieces), units, rank, ranks)
         assert torch.equal(take(whole, [cut]), theirs)
         assert local_shape(tuple(shape), [cut]) == tuple(theirs.shape)
         assert whole_shape(tuple(theirs.shape), [cut]) == tuple(shape)

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from hanlin.parallel.settings import Layout
 
 AXES = ("data", "tensor", "pipeline", "context", "expert", "chunks")
+TRAINING = (
+    "batch", "micro_batch", "seq_len", "precision", "recompute", "method", "rank", "tokens", "price", "data",
+    "pipeline", "context", "expert", "chunks", "shard", "schedule", "context_kind",
+)  # fmt: skip
 SERVING = ("dtype", "cache_dtype", "context_length", "users", "prompt_cache")
 
 
@@ -105,9 +109,7 @@ def _serving(arguments: argparse.Namespace) -> dict[str, Any]:
     from hanlin.plan.request import model_config
     from hanlin.plan.serving import SERVING_RESERVE, serve
 
-    _refuse(arguments, ("batch", "micro_batch", "seq_len", "precision", "recompute", "method", "rank", "tokens", "price",
-                        "data", "pipeline", "context", "expert", "chunks", "shard", "schedule", "context_kind"),
-            "belong to training, not to --serve")  # fmt: skip
+    _refuse(arguments, TRAINING, "belong to training, not to --serve")
     if arguments.recipe.endswith((".yaml", ".yml")):
         raise HanlinError("--serve plans a model: give its folder, its config.json or a known name, not a recipe.")
     published = Path(arguments.recipe).name.lower() == "deepseek-r1"

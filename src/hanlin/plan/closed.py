@@ -138,7 +138,9 @@ def _activations(job: Job, layout: Layout, share: Share) -> float:
     layer = {k: (tokens * stored[k] - 4 * state) / layout.tensor + 4 * state / cut for k in share.kinds}
     if job.recompute != "full":
         return sum(n * layer[k] for k, n in share.kinds.items())
-    again = max(layer.values(), default=0.0) / max(1.0, in_flight(job, layout, 0))  # one is alive while it is made again
+    again = max(layer.values(), default=0.0) / max(
+        1.0, in_flight(job, layout, 0)
+    )  # one is alive while it is made again
     return share.layers * state / cut + again
 
 

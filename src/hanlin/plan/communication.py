@@ -5,8 +5,8 @@ sent, of everything else the input; padding, norms and counts included. Which ca
 make them: `parallel.data`, `zero`, `crossing`, `sequence`, `vocabulary`, `pipeline`, `context`, `ring`, `ulysses`,
 `expert`, and `train.cluster` for the numbers of a step. Wire bytes are those of rings, as in the tracer.
 
-    b = rows of a micro-batch    t = tokens of a row here    h = width    M micro-batches    w, i = bytes of a weight and
-    of an activation
+    b = rows of a micro-batch    t = tokens of a row here    h = width    M micro-batches
+    w, i = bytes of a weight and of an activation
 
     axis        M times each, without recompute (which repeats what the forward pass of a layer sends, but its last sum)
     tensor      a layer: S forward, S backward for attention and for each feed-forward, S = b t h i; what latent
@@ -17,10 +17,10 @@ make them: `parallel.data`, `zero`, `crossing`, `sequence`, `vocabulary`, `pipel
     context     `ring`, `ulysses`: their docstrings; expert: `expert`, its docstring
     replicas    gradients once (none), `zero`: its docstring; experts over the ranks that hold the same ones
     step        (denominators + 2) fp64 numbers over all ranks, the loss over the replicas, the squared norm in fp64
-                where ranks hold different gradients, routers' loads
+                where ranks hold different gradients, routers' loads; `plan.matrices`: what Muon gathers
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from hanlin.core.errors import HanlinError
@@ -28,6 +28,7 @@ from hanlin.models.config import AttentionConfig, ExpertsConfig, LatentAttention
 from hanlin.parallel.settings import Layout
 from hanlin.parallel.stages import sends
 from hanlin.plan.held import Held, held_by
+from hanlin.plan.matrices import gathered_matrices
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class StepShape:
     """What a step moves. rows, length: of one micro-batch and a whole row on a data rank; micro_batches; activation,
     weight: bytes of a number; recompute: every layer runs its forward again; trained: tokens with a target on this rank
     in all micro-batches (None: all but the last of each row), which the loss over a cut vocabulary exchanges; arrived:
-    rows that this rank's experts get in one forward pass of all layers and micro-batches (None: an even share)."""
+    rows that this rank's experts get in one forward pass of all layers and micro-batches (None: an even share); muon:
+    whether the optimiser is Muon, which needs whole matrices."""
 
     rows: int
     length: int
@@ -66,6 +68,7 @@ class StepShape:
     recompute: bool = False
     trained: int | None = None
     arrived: int | None = None
+    muon: bool = False
 
     @property
     def loss(self) -> int:
@@ -96,6 +99,11 @@ def step_traffic(
         found += _pipeline(config, held, shape, layout, pipeline)
     found += _replicas(held, shape, layout)
     found += _step(config, held, shape, layout)
+    if shape.muon:
+        found += [
+            Sent(g.axis, "matrices for Muon", "all_gather", g.numbers * shape.weight, 1, g.ranks)
+            for g in gathered_matrices(config, held, layout, tensor=tensor)
+        ]
     return [sent for sent in found if sent.payload]
 
 
@@ -127,6 +135,8 @@ def _tokens(shape: StepShape, layout: Layout) -> int:
 
 
 # --- tensor and sequence ---
+
+Make = Callable[..., Sent]
 
 
 def _tensor(config: ModelConfig, held: Held, shape: StepShape, layout: Layout) -> Iterator[Sent]:
@@ -174,27 +184,25 @@ def _tensor(config: ModelConfig, held: Held, shape: StepShape, layout: Layout) -
 
 
 def _beside(
-    whole: LayerConfig, local: LayerConfig, shape: StepShape, tokens: int, width: int, n: int, call: object, *,
+    whole: LayerConfig, local: LayerConfig, shape: StepShape, tokens: int, width: int, n: int, call: Make, *,
     sequence: bool,
 ) -> Iterator[Sent]:  # fmt: skip
     """What some blocks have beside their sums."""
-    make = call if callable(call) else None
-    assert make is not None
     a, mine, f = whole.attention, local.attention, whole.feed_forward
     if isinstance(a, AttentionConfig) and isinstance(mine, AttentionConfig):
         if a.qk_norm:
-            yield make("gradients of head norms", "all_reduce", a.head_dim * shape.weight, 2)
+            yield call("gradients of head norms", "all_reduce", a.head_dim * shape.weight, 2)
         if a.kv_heads < n:  # several ranks hold one key head: a slot for each
             rows = a.head_dim * (width + a.qkv_bias)
-            yield make("gradients of shared key heads", "all_reduce", a.kv_heads * rows * shape.weight, 2)
+            yield call("gradients of shared key heads", "all_reduce", a.kv_heads * rows * shape.weight, 2)
     elif isinstance(a, LatentAttentionConfig):
         into = a.q_rank if a.q_rank is not None else width
         if a.q_rank is not None or not sequence:
-            yield make("queries' input, backward", "all_reduce", tokens * into * shape.activation)
-        yield make("latent, backward", "all_reduce", tokens * (a.kv_rank + a.rope_dim) * shape.activation)
-        yield make("gradient of the latent's norm", "all_reduce", a.kv_rank * shape.weight)
+            yield call("queries' input, backward", "all_reduce", tokens * into * shape.activation)
+        yield call("latent, backward", "all_reduce", tokens * (a.kv_rank + a.rope_dim) * shape.activation)
+        yield call("gradient of the latent's norm", "all_reduce", a.kv_rank * shape.weight)
     if isinstance(f, ExpertsConfig):
-        yield make("weights of routers, backward", "all_reduce", tokens * f.router.top_k * shape.loss)
+        yield call("weights of routers, backward", "all_reduce", tokens * f.router.top_k * shape.loss)
 
 
 def _shared(layer: LayerConfig) -> int:
@@ -255,7 +263,9 @@ def _expert(config: ModelConfig, held: Held, shape: StepShape, layout: Layout) -
     calls = m * len(experts)
     size = config.width * shape.activation
     yield Sent("expert", "counts", "all_to_all", 8 * m * forwards * sum(f.count for f in experts), calls * forwards, n)
-    yield Sent("expert", "tokens to their experts", "all_to_all", sent * size * (forwards + 1), calls * (forwards + 1), n)
+    yield Sent(
+        "expert", "tokens to their experts", "all_to_all", sent * size * (forwards + 1), calls * (forwards + 1), n
+    )
     yield Sent("expert", "and back", "all_to_all", arrived * size * (forwards + 1), calls * (forwards + 1), n)
 
 
@@ -280,13 +290,17 @@ def _replicas(held: Held, shape: StepShape, layout: Layout) -> Iterator[Sent]:
     n = (layout.data or 1) * layout.context
     dense = {number: size[0] for number, size in held.layers.items()}
     experts = {number: size[1] for number, size in held.layers.items() if size[1]}
+    rest, ahead = held.rest, held.ahead
     if layout.expert == 1:
         dense = {number: dense[number] + experts.get(number, 0) for number in dense}
-        experts = {}
-    parts = (("replicas", list(dense.values()), held.rest, n), ("expert replicas", list(experts.values()), 0, n // layout.expert))
-    for axis, layers, rest, ranks in parts:
-        if ranks > 1 and (layers or rest):
-            yield from _zero(axis, layers, rest, shape, layout, ranks)
+        experts, rest, ahead = {}, rest + ahead, 0
+    parts = (
+        ("replicas", list(dense.values()), rest, n),
+        ("expert replicas", list(experts.values()), ahead, n // layout.expert),
+    )
+    for axis, layers, end, ranks in parts:
+        if ranks > 1 and (layers or end):
+            yield from _zero(axis, layers, end, shape, layout, ranks)
 
 
 def _zero(axis: str, layers: list[int], rest: int, shape: StepShape, layout: Layout, n: int) -> Iterator[Sent]:

@@ -1,6 +1,6 @@
 """Which machine: `8xH100-80GB` is read into a `Cluster` of the devices in `devices.yaml`.
 
-    parse_gpus("8xH100-80GB", nodes=2)     two nodes of eight, joined by the network, eight joined by links
+parse_gpus("8xH100-80GB", nodes=2)     two nodes of eight, joined by the network, eight joined by links
 """
 
 import difflib

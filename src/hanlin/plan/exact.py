@@ -12,7 +12,7 @@ from hanlin.plan.closed import Job, micro_batches
 from hanlin.plan.communication import Sent, StepShape, step_traffic
 from hanlin.plan.memory import Memory, step_memory
 from hanlin.plan.work import Lora, Work
-from hanlin.train.choices import OptimizerChoice, Recompute
+from hanlin.train.choices import Muon, OptimizerChoice, Recompute
 from hanlin.tune.lora import LoraSettings
 
 KINDS = {"none": "none", "full": "full", "selective": "operators"}
@@ -37,7 +37,7 @@ def count_exactly(job: Job, layout: Layout, optimizer: OptimizerChoice, *, cuda:
     except HanlinError as error:
         why["memory"] = str(error)
     try:
-        sent = exact_traffic(job, layout)
+        sent = exact_traffic(job, layout, optimizer)
     except HanlinError as error:
         why["communication"] = str(error)
     return Counted(memory, sent, why)
@@ -60,11 +60,12 @@ def exact_memory(job: Job, layout: Layout, optimizer: OptimizerChoice, *, cuda: 
     return max(found, key=lambda memory: memory.peak)
 
 
-def exact_traffic(job: Job, layout: Layout) -> list[Sent]:
+def exact_traffic(job: Job, layout: Layout, optimizer: OptimizerChoice) -> list[Sent]:
     """Every call of the busiest pipeline place in one step of the trainer."""
     if job.method != "full" or job.masters or job.recompute == "selective":
         raise HanlinError("The bytes are counted for full training on fp32 weights, with all or nothing recomputed.")
     shape = StepShape(
-        job.micro_batch, job.length, micro_batches(job, layout), job.itemsize, recompute=job.recompute == "full"
-    )
+        job.micro_batch, job.length, micro_batches(job, layout), job.itemsize, recompute=job.recompute == "full",
+        muon=isinstance(optimizer, Muon),
+    )  # fmt: skip
     return step_traffic(job.config, shape, layout, pipeline=job.sizes.busiest(layout, job.length))

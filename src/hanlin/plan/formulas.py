@@ -88,8 +88,8 @@ def layer_activations_modern(config: ModelConfig, layer: LayerConfig, s: int, b:
         s b itemsize (h norm + h in + H q + 2 K kv + H out + h norm + h in + 3 f) + 4 s b a
 
     H, K: all query and all key heads' numbers; f: hidden units (gate, up and their product; 2 f without a gate); 4 s b
-    a: flash attention's fp32 log-sum-exp. Scores are never stored; a norm of queries and keys adds H + K. With experts f is of the chosen ones, and their
-    input and output are stored once for each.
+    a: flash attention's fp32 log-sum-exp. Scores are never stored; a norm of queries and keys adds H + K. With experts
+    f is of the chosen ones, whose input and output are stored once for each.
     """
     h, at, ff = config.width, layer.attention, layer.feed_forward
     if isinstance(at, LatentAttentionConfig):

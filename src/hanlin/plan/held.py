@@ -17,11 +17,13 @@ from hanlin.parallel.tensor import local_config
 
 @dataclass(frozen=True)
 class Held:
-    """layers: {number: (dense numbers, numbers of experts)} of this rank; rest: numbers outside of layers; table: of
-    the embedding here; first, last: whether the first and the last stage are among its own."""
+    """layers: {number: (dense numbers, numbers of experts)} of this rank; rest: dense numbers outside of them, ahead:
+    those of the experts that look ahead; table: of the embedding here; first, last: whether the first and the last
+    stage are among its own; config: the local one."""
 
     layers: dict[int, tuple[int, int]]
     rest: int
+    ahead: int
     table: int
     first: bool
     last: bool
@@ -29,11 +31,11 @@ class Held:
 
     @property
     def total(self) -> int:
-        return self.rest + sum(dense + experts for dense, experts in self.layers.values())
+        return self.rest + self.ahead + sum(dense + experts for dense, experts in self.layers.values())
 
 
 def held_by(config: ModelConfig, layout: Layout, *, pipeline: int = 0, tensor: int = 0) -> Held:
-    """What the rank at these places of the pipeline and the tensor axis holds. config of the result: the local one."""
+    """What the rank at these places of the pipeline and the tensor axis holds."""
     local = local_config(config, layout.tensor) if layout.tensor > 1 else config
     stages = stage_layers(config, layout.pipeline * layout.stages_a_rank)
     mine = rank_stages(pipeline, layout.pipeline, layout.schedule, layout.stages_a_rank) if layout.pipeline > 1 else [0]
@@ -45,7 +47,7 @@ def held_by(config: ModelConfig, layout: Layout, *, pipeline: int = 0, tensor: i
     table = (stop - start) * config.width
     whole = count_parameters(local).parts
     norm = config.width * (2 if config.norm.kind == "layer" and config.norm.bias else 1)
-    rest = 0
+    rest = ahead = 0
     if first:
         rest += table + whole["embedding"] - config.vocab_size * config.width
         rest += norm * config.embedding.norm
@@ -53,8 +55,9 @@ def held_by(config: ModelConfig, layout: Layout, *, pipeline: int = 0, tensor: i
         rest += norm * config.norm.final + _head(config, table, stop - start, first=first)
         if config.predict_ahead:
             dense, experts = _layer(local, local.layers[-1], layout, once=once)
-            rest += config.predict_ahead * (dense + experts + 2 * config.width**2 + 3 * norm)
-    return Held(layers, rest, table, first, last, local)
+            rest += config.predict_ahead * (dense + 2 * config.width**2 + 3 * norm)
+            ahead = config.predict_ahead * experts
+    return Held(layers, rest, ahead, table, first, last, local)
 
 
 def _head(config: ModelConfig, table: int, rows: int, *, first: bool) -> int:
@@ -71,9 +74,7 @@ def _layer(local: ModelConfig, layer: LayerConfig, layout: Layout, *, once: bool
     """(dense numbers, numbers of experts) of a layer of a local config. once: without biases that rank 0 keeps."""
     f = layer.feed_forward
     parts = dict(count_parameters(replace(local, layers=(layer,), encoder=(), predict_ahead=0)).parts)
-    bare = replace(local, layers=(replace(layer, feed_forward=f),), encoder=(), predict_ahead=0)
-    outside = _outside(bare)
-    total = sum(parts.values()) - outside
+    total = sum(parts.values()) - _outside(replace(local, layers=(layer,), encoder=(), predict_ahead=0))
     experts = 0
     if isinstance(f, ExpertsConfig):
         ways, width = (2 if f.gated else 1), local.width

@@ -46,7 +46,7 @@ def beside_published(service: Service) -> list[dict[str, Any]]:
         said = sum(row.each) / 2
         rows.append(
             _row(f"{_range(row.users)} users, tokens/s each", _range(row.each),
-                 f"{low:.1f}" if row.users[0] == row.users[1] else f"{low:.1f}-{high:.1f}", (low + high) / 2 / said, SAYS)
+                 f"{low:.1f}" if low == high else f"{low:.1f}-{high:.1f}", (low + high) / 2 / said, SAYS)
         )  # fmt: skip
     return rows
 

@@ -1,4 +1,4 @@
-"""What is to be planned: a training recipe, a model folder, a config.json or a well-known name, and what flags say more.
+"""What is to be planned: a training recipe, a model folder, a config.json or a well-known name, and what flags add.
 
 A recipe says model, rows, length, precision, optimizer, recompute and layout. Its tokenizer need not be there: then
 `vocab_size` has to be given. A model alone is planned with the defaults below.
@@ -17,7 +17,7 @@ from hanlin.plan.closed import Job
 from hanlin.plan.known import KNOWN, known_config
 from hanlin.plan.shares import Sizes
 from hanlin.tokens import Tokenizer
-from hanlin.train.choices import OptimizerChoice
+from hanlin.train.choices import SGD, Adafactor, OptimizerChoice
 from hanlin.train.settings import AdamW
 
 ROWS, LENGTH = 256, 4096  # of a step and a row, where neither recipe nor flag says it
@@ -124,11 +124,9 @@ def _from_recipe(path: Path, vocab_size: int | None, given: dict[str, Any]) -> R
 def states_bytes(optimizer: OptimizerChoice) -> float:
     """Bytes of optimizer states a parameter (of the matrices, which are nearly all)."""
     bits = getattr(optimizer, "state_bits", 32)
-    moments = {"adamw": 2.0, "muon": 1.0, "sgd": 1.0, "adafactor": 0.0}[optimizer.kind]
-    if optimizer.kind in ("sgd", "adafactor") and optimizer.momentum:
-        moments = 1.0
-    elif optimizer.kind == "sgd":
-        moments = 0.0
+    moments = 1.0 if optimizer.kind == "muon" else 2.0
+    if isinstance(optimizer, SGD | Adafactor):
+        moments = 1.0 if optimizer.momentum else 0.0
     return moments * (4.0 if bits == 32 else 1.0 + 4.0 / 256)
 
 
@@ -139,4 +137,3 @@ def _job(config: ModelConfig, fields: dict[str, Any]) -> Job:
         if getattr(job, name) < 1:
             raise HanlinError(f"{name.replace('_', ' ')} is {getattr(job, name)}; it must be at least 1.")
     return job
-

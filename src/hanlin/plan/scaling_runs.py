@@ -45,7 +45,9 @@ def run_config(folder: Path, vocab_size: int | None = None) -> ModelConfig:
     if (run.model / "config.json").exists():
         return load_config(run.model)
     if not run.recipe.exists():
-        raise HanlinError(f"{folder} has neither model/config.json nor recipe.yaml, so the size of its model is unknown.")
+        raise HanlinError(
+            f"{folder} has neither model/config.json nor recipe.yaml, so the size of its model is unknown."
+        )
     return recipe_config(TrainRecipe.load(run.recipe), vocab_size)
 
 
@@ -76,7 +78,9 @@ def draw_law(points: Sequence[Point], fit: Fit, budgets: Sequence[Budget], path:
     right.plot(reach, np.sqrt(reach / 120), "--", color=GREY, linewidth=1.2, label="D = 20 N")
     right.plot(flops, [p.parameters for p in points], "o", color=GREY, markersize=4, label="runs")
     if budgets:
-        right.plot([b.flops for b in budgets], [b.parameters for b in budgets], "D", color=ORANGE, label="isoFLOP minima")
+        right.plot(
+            [b.flops for b in budgets], [b.parameters for b in budgets], "D", color=ORANGE, label="isoFLOP minima"
+        )
     right.set_xscale("log")
     right.set_yscale("log")
     right.set_xlabel("C = 6 N D, FLOPs", fontsize=9, color=INK)

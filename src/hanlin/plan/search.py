@@ -5,8 +5,8 @@
         does it fit?        closed_memory of every pipeline place <= memory - reserve
         how fast is it?     step_time
 
-A layout that fails is counted under its first reason. Of the layouts that use the same axes the fastest that fits stands
-for all, so that the next two are other ideas and not the same one again.
+A layout that fails is counted under its first reason. Of the layouts that use the same axes the fastest that fits
+stands for all, so that the next two are other ideas and not the same one again.
 """
 
 from collections import Counter
@@ -169,9 +169,7 @@ def describe_layout(layout: Layout) -> str:
     return " x ".join(parts)
 
 
-def _variants(
-    job: Job, layout: Layout, recompute: Recompute | None, fixed_rows: bool
-) -> Iterator[tuple[Layout, Job]]:
+def _variants(job: Job, layout: Layout, recompute: Recompute | None, fixed_rows: bool) -> Iterator[tuple[Layout, Job]]:
     data = layout.data or 1
     replicas = data * layout.context
     moe = any(isinstance(la.feed_forward, ExpertsConfig) for la in job.config.layers)
@@ -186,9 +184,7 @@ def _variants(
     contexts = ("ring", "ulysses") if layout.context > 1 else ("ring",)
     for expert, shard, kind, schedule, micro, context in product(experts, shards, kinds, schedules, rows, contexts):
         yield (
-            layout.model_copy(
-                update={"expert": expert, "shard": shard, "schedule": schedule, "context_kind": context}
-            ),
+            layout.model_copy(update={"expert": expert, "shard": shard, "schedule": schedule, "context_kind": context}),
             replace(job, recompute=kind, micro_batch=micro),
         )
 

@@ -89,7 +89,12 @@ class Service:
             numbers, multiplied = _read_numbers(self.sizes, kind, layer, users)
             read += count * numbers * _number_bytes(self.dtype)
             products += count * 2.0 * multiplied * users
-            cache += count * users * min(context, layer.attention.window or context) * _cache(layer, self.tensor, self.cache_dtype)
+            cache += (
+                count
+                * users
+                * min(context, layer.attention.window or context)
+                * _cache(layer, self.tensor, self.cache_dtype)
+            )
             scores += count * users * _score_flops(layer, min(context, layer.attention.window or context))
         head = self.sizes.config.vocab_size * self.sizes.config.width
         read, products = read + head * 2.0, products + 2.0 * head * users
@@ -115,8 +120,15 @@ class Service:
 
 
 def serve(
-    config: ModelConfig, cluster: Cluster, *, dtype: str = "bf16", cache_dtype: str = "bf16", tensor: int | None = None,
-    set_aside: float = 0.0, reserve: float = SERVING_RESERVE, assumed: Assumptions | None = None,
+    config: ModelConfig,
+    cluster: Cluster,
+    *,
+    dtype: str = "bf16",
+    cache_dtype: str = "bf16",
+    tensor: int | None = None,
+    set_aside: float = 0.0,
+    reserve: float = SERVING_RESERVE,
+    assumed: Assumptions | None = None,
 ) -> Service:
     """What `cluster` serves of this model. tensor: devices of a replica (None: the fewest that hold the weights and
     leave a quarter of them for caches, a divisor of the node, or whole nodes). set_aside: bytes of a replica that keep
@@ -135,8 +147,8 @@ def serve(
     room = tensor * each - weights - set_aside
     if room <= 0:
         raise HanlinError(
-            f"{config.family} in {dtype} has {weights / 1e9:,.0f} GB of weights; {tensor} x {cluster.device.name} leave "
-            f"{tensor * each / 1e9:,.0f} GB for weights and caches. Take more devices, or fewer bytes a weight."
+            f"{config.family} in {dtype} has {weights / 1e9:,.0f} GB of weights; {tensor} x {cluster.device.name} "
+            f"leave {tensor * each / 1e9:,.0f} GB for weights and caches. Take more devices, or fewer bytes a weight."
         )
     token = sum(_cache(layer, tensor, cache_dtype) for layer in config.layers)
     return Service(

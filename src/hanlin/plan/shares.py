@@ -111,9 +111,7 @@ class Sizes:
         """The pipeline place with the most products."""
         return max(range(layout.pipeline), key=lambda place: self.stage_flops(layout, place, length))
 
-    def _share(
-        self, tensor: int, expert: int, pipeline: int, chunks: int, place: int, schedule: Schedule
-    ) -> Share:
+    def _share(self, tensor: int, expert: int, pipeline: int, chunks: int, place: int, schedule: Schedule) -> Share:
         config, stages = self.config, stage_layers(self.config, pipeline * chunks)
         mine = rank_stages(place, pipeline, schedule, chunks) if pipeline > 1 else [0]
         kinds = Counter(self.decoder[number] for stage in mine for number in stages[stage])
@@ -128,9 +126,7 @@ class Sizes:
         head = table if last and config.head is not None and (pipeline > 1 or not config.tied_embeddings) else 0.0
         if config.predict_ahead and last:
             size = self.layer[self.decoder[-1]]
-            dense += config.predict_ahead * (
-                size.cut / tensor + size.whole + 2 * config.width**2 + 3 * config.width
-            )
+            dense += config.predict_ahead * (size.cut / tensor + size.whole + 2 * config.width**2 + 3 * config.width)
             experts += config.predict_ahead * size.experts / (tensor * expert)
             embedding = table  # the modules that predict ahead look tokens up, too
         return Share(dense + embedding + head, experts, embedding, head, dict(kinds), last)

@@ -42,7 +42,7 @@ def _training(plan: Mapping[str, Any], console: Console) -> None:
         if first.get("memory_run"):
             console.print(_two_counts(first))
             if not first["fits_run"]:
-                console.print("[bold red]Run on fake tensors it does not fit:[/] take a layout below it, or more devices.")
+                console.print("[bold red]Run on fake tensors it does not fit:[/] take one below it, or more devices.")
         for what, why in first.get("not_counted", {}).items():
             console.print(f"  {what} not counted exactly: {why}", style="bright_black")
         console.print(f"\n[bold]Time of a step[/], {first['seconds']['step']:.4g} s")
@@ -120,7 +120,8 @@ def _layouts(plan: Mapping[str, Any]) -> Table:
         table.add_row(
             row["name"] + ("" if row["fits"] else "  (does not fit)"), f"{row['micro_batch']} x {row['micro_batches']}",
             row["recompute"], f"{row['bytes'] / GIB:.1f}", f"{row['seconds']['step']:.4g}", f"{row['mfu']:.1%}",
-            quantity(row["tokens_per_day"]), "" if days is None else f"{days:,.1f}", "" if cost is None else f"{cost:,.0f}",
+            quantity(row["tokens_per_day"]), "" if days is None else f"{days:,.1f}",
+            "" if cost is None else f"{cost:,.0f}",
         )  # fmt: skip
     return table
 
@@ -155,7 +156,9 @@ def _time(row: Mapping[str, Any]) -> Table:
 
 def _communication(row: Mapping[str, Any]) -> Table:
     exact = row.get("communication_exact")
-    table = _table("axis", "textbook", *(("exact", "off", "on the wire", "calls") if exact else ("on the wire", "calls")))
+    table = _table(
+        "axis", "textbook", *(("exact", "off", "on the wire", "calls") if exact else ("on the wire", "calls"))
+    )
     said = row["communication"]
     names = {"ring": "context", "ulysses": "context"}
     for axis in dict.fromkeys([*(names.get(axis, axis) for axis in said), *(exact or {})]):

@@ -80,7 +80,7 @@ class Recorder:
             for key, count in _product(base, args, kwargs):
                 self.counts[key] += count
                 if base == "_grouped_mm":
-                    self.counts["new shape", key[1], (0,)] += count
+                    self.counts[f"new {key[0]}", key[1], (0,)] += count
         elif "scaled_dot_product" in base:
             self.counts[_torch_attention(base, args)] += 1
         else:

@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from hanlin.core.errors import HanlinError
+from hanlin.models.config import ExpertsConfig
+from hanlin.models.transformer import Transformer
 from hanlin.nn.balance import expert_load, max_violation, router_z_loss
 from hanlin.nn.routing import Router, Routing, update_correction
 from hanlin.train.settings import BalanceByBias, BalanceByLoss
@@ -32,7 +34,7 @@ class Balance:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Transformer,
         choice: BalanceByBias | BalanceByLoss | None,
         *,
         z_loss: float = 0.0,
@@ -41,6 +43,8 @@ class Balance:
         self.choice, self.z_loss, self.group = choice, z_loss, group
         found = [(name, module) for name, module in model.named_modules() if isinstance(module, Router)]
         self.routers: dict[str, Router] = dict(found)
+        stacks = (*model.config.layers, *model.config.encoder)
+        self.layers = sum(isinstance(layer.feed_forward, ExpertsConfig) for layer in stacks)  # other ranks' too
         corrected = [router for router in self.routers.values() if router.correction is not None]
         if isinstance(choice, BalanceByBias) and len(corrected) < len(self.routers):
             raise HanlinError(
@@ -66,7 +70,7 @@ class Balance:
         True where a token is no padding.
         """
         keep = real.reshape(-1)
-        layers = max(1, len(self.routers))
+        layers = self.layers
         terms: list[tuple[Tensor, str]] = []
         for place, note in enumerate(notes, start=first):
             self.loads[place] += expert_load(note, keep).double()

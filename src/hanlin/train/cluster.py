@@ -121,7 +121,8 @@ class Cluster:
             tensors = {name: tensor for name, tensor in tensors.items() if name not in shared}
             tensors |= {name: piece.detach() for name, piece in replication.pieces.items()}
         spans = {name: found for zero in self._shared for name, found in zero.ranges.items()}
-        return Laid(tensors, self._shapes, cuts, spans)
+        elsewhere = self.pipeline.counted_elsewhere if self.pipeline else set()
+        return Laid(tensors, self._shapes, cuts, spans, frozenset(elsewhere))
 
     @property
     def holds_all(self) -> bool:

@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -45,13 +45,15 @@ class Laid:
 
     tensors: by name, what is saved and put back: this rank's share where ZeRO shares a parameter, else the parameter;
     persistent buffers. shapes: of every tensor of the whole model, those of other ranks too. cuts: what tensor and
-    expert parallelism left of a tensor. spans: of the shares of ZeRO.
+    expert parallelism left of a tensor. spans: of the shares of ZeRO. elsewhere: names that another rank saves: a tied
+    embedding stands in the first and the last stage of a pipeline.
     """
 
     tensors: Mapping[str, Tensor]
     shapes: Mapping[str, Shape]
     cuts: Mapping[str, tuple[Share, ...]] = field(default_factory=dict)
     spans: Mapping[str, Span] = field(default_factory=dict)
+    elsewhere: Set[str] = frozenset()
 
     @classmethod
     def whole(cls, model: nn.Module) -> "Laid":
@@ -66,6 +68,14 @@ class Laid:
         that is whole here, is whole. Anything else is a `HanlinError`: nobody could put its pieces together.
         """
         return [self._held(prefix, path, tensor.detach()) for path, tensor in tensors.items()]
+
+    def saved(self, prefix: str, tensors: Mapping[str, Tensor]) -> list[Held]:
+        """As `held`, without what another rank saves."""
+        mine = {path: tensor for path, tensor in tensors.items() if not self._is_elsewhere(path)}
+        return self.held(prefix, mine)
+
+    def _is_elsewhere(self, path: str) -> bool:
+        return path in self.elsewhere or path.rpartition("/")[0] in self.elsewhere
 
     def moments(self, reader: CheckpointReader, names: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This rank's pieces of the optimiser's tensors, "NAME/KEY", for the parameters `names` that it steps on."""
@@ -142,9 +152,9 @@ def take_checkpoint(
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     held = [
-        *laid.held(WEIGHTS, laid.tensors),
-        *laid.held(MOMENTS, optimizer.state()),
-        *laid.held(AVERAGE, average or {}),
+        *laid.saved(WEIGHTS, laid.tensors),
+        *laid.saved(MOMENTS, optimizer.state()),
+        *laid.saved(AVERAGE, average or {}),
         *(Held(RANDOM + name, tensor, tuple(tensor.shape)) for name, tensor in generators.items()),
         *(Held(BALANCE + name, tensor, tuple(tensor.shape)) for name, tensor in (balance or {}).items()),
     ]

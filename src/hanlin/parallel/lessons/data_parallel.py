@@ -6,10 +6,10 @@
     gather      outputs ──▶ one tensor on the first device
     backward    autograd walks all of it back: the copies' gradients are summed into the one model
 
-Every step sends the weights to n-1 devices and their gradients back, all through the first one: 2 (n-1) times the model,
-where a ring of processes sends 2 (n-1)/n a rank; and the threads share one interpreter. So Hanlin trains with processes
-(`parallel.data`). torch's own class does nothing on a CPU (it calls the module on all rows); this one splits the rows
-there, too. Random numbers (dropout) are drawn in the order in which the threads come to them.
+Every step sends the weights to n-1 devices and their gradients back, all through the first one: 2 (n-1) times the
+model, where a ring of processes sends 2 (n-1)/n a rank; and the threads share one interpreter. So Hanlin trains with
+processes (`parallel.data`). torch's own class does nothing on a CPU (it calls the module on all rows); this one splits
+the rows there, too. Random numbers (dropout) are drawn in the order in which the threads come to them.
 """
 
 from collections.abc import Sequence
