@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,9 @@ def show_memory(rows: list[dict[str, Any]]) -> None:
           f"{100 * statistics.median(abs(r['error']) for r in rows):.2f} %\n")  # fmt: skip
 
 
-def timed(only: list[str] | None, *, rounds: int = 2, steps: int = 5) -> list[dict[str, Any]]:
+def timed(
+    only: list[str] | None, *, rounds: int = 2, steps: int = 5, clock: Callable[[], float] = time.perf_counter
+) -> list[dict[str, Any]]:
     """Rates, then every model's steps, then rates and steps again: the fastest of each counts, so that what else this
     machine did at one of the two moments counts for nothing."""
     import torch
@@ -106,10 +109,10 @@ def timed(only: list[str] | None, *, rounds: int = 2, steps: int = 5) -> list[di
     measured: dict[str, list[float]] = {name: [] for name in names}
     found = []
     for _ in range(rounds):
-        found.append(measure_rates())
+        found.append(measure_rates(clock=clock))
         for name in names:
             bench = open_bench(*TIME[name], torch.device("cpu"))
-            measured[name] += measured_seconds(bench, steps=steps)
+            measured[name] += measured_seconds(bench, steps=steps, clock=clock)
     rates = fastest_of(found)
     rows = []
     for name in names:

@@ -95,8 +95,9 @@ def test_a_terminated_run_says_how_to_go_on_and_does(workshop):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("train recipes/pretrain-tiny.yaml --nproc 2", "`--nproc` (several processes) is not supported yet"),
-        ("train recipes/pretrain-tiny.yaml --nproc=2", "not supported yet"),
+        ("train recipes/pretrain-tiny.yaml --nproc 0", "a run has at least one process"),
+        ("train recipes/pretrain-tiny.yaml --nproc=2 --parallel.tensor 4", "do not divide the 2 processes"),
+        ("train recipes/pretrain-tiny.yaml --restarts 1", "give --nproc too"),
         ("train recipes/pretrain-tiny.yml", "Did you mean recipes/pretrain-tiny.yaml?"),
         ("train recipes/pretrain-tiny.yaml --train.lrr 1", "train.lr"),
         ("train --quiet", "RECIPE"),
@@ -119,3 +120,16 @@ def test_help_needs_no_recipe_and_no_torch(workshop):
     assert "hanlin train recipes/sft-tiny.yaml" in done.stdout
     listed = hanlin(workshop, "train recipes/sft-tiny.yaml --help").stdout
     assert "--objective.files" in listed and "--train.lr" in listed
+
+
+def test_two_processes_train_what_one_trains_and_write_one_model(workshop):
+    words = f"train recipes/pretrain-tiny.yaml {SMALL} --train.steps 6 --train.log-every 1 --quiet --train.batch-size 4"
+    hanlin(workshop, f"{words} --name one")
+    hanlin(workshop, f"{words} --name two --nproc 2 --parallel.tensor 2")
+    losses = [
+        [json.loads(line)["loss"] for line in (workshop / f"runs/{name}/metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    told = hanlin(workshop, "generate runs/two/model Two --max-tokens 4 --temperature 0").stdout
+    assert told == hanlin(workshop, "generate runs/one/model Two --max-tokens 4 --temperature 0").stdout

@@ -339,6 +339,10 @@ def compare(rank: int, ranks: int, folder: str) -> None:
         found[f"evaluated: {name}"] = evaluated("dense", (1, 3), **choice)
     for number in NUMBERS:
         found[f"{number} micro-batches"] = gap("dense", number, schedule="zero_bubble")
+    if ranks == 4:  # two pipelines beside each other
+        halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+        for name in ("1f1b", "interleaved"):
+            found[f"a part of all processes: {name}"] = gap("tied", COUNT, schedule=name, group=halves[rank // 2])
     for name in MUTATIONS if ranks == 2 else ():
         with mutated(name):
             found[name] = gap("tied", COUNT, schedule="1f1b")

@@ -1,23 +1,28 @@
-"""Plain data parallelism over 2 and 4 processes trains as one process does. fp64; `replicas` says what is done."""
+"""Plain data parallelism over 2 and 4 processes trains as one does. fp64; `replica_checks` says what is done."""
 
 import pytest
 import torch
-from tests.parallel.replicas import KINDS, MUTATIONS, in_processes
+from tests.parallel import replica_checks as checks
+from tests.parallel.replica_mutants import MUTATIONS, mutants
+from tests.parallel.replicas import KINDS, in_processes
 from torch import nn
 
 from hanlin.parallel.data import BUCKET, DataParallel, make_buckets
 from hanlin.parallel.flat import InOrder
 
 CHECKS = {
-    2: ["equals_one_process", "without_last", "unused_counts_as_zero", "bytes_of_a_step", "loading_reaches_the_pieces",
-        "mixed_precision", "backward_without_weights", "mutants", "fsdp2"],
-    4: ["equals_one_process", "experts_apart", "over_a_tensor_cut"],
+    2: [
+        checks.equals_one_process, checks.without_last, checks.unused_counts_as_zero, checks.bytes_of_a_step,
+        checks.loading_reaches_the_pieces, checks.mixed_precision, checks.backward_without_weights, checks.fsdp2,
+        mutants,
+    ],
+    4: [checks.equals_one_process, checks.experts_apart, checks.over_a_tensor_cut],
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    return {n: in_processes(tmp_path_factory.mktemp(f"data-{n}"), n, names, ("data",)) for n, names in CHECKS.items()}
+    return {n: in_processes(tmp_path_factory.mktemp(f"data-{n}"), n, runs, ("data",)) for n, runs in CHECKS.items()}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -33,6 +33,7 @@ from hanlin.models.config import (
 )
 from hanlin.models.transformer import Transformer
 from hanlin.parallel.stages import cut_stages, rank_stages, sends, stage_layers
+from hanlin.tune.lora import add_lora
 
 PLACES = [(ranks, name) for ranks in (2, 4) for name in SCHEDULES if (ranks, name) != (4, "zero_bubble of 4")]
 
@@ -73,6 +74,13 @@ def test_five_steps_give_the_losses_weights_and_expert_loads_of_one_process(foun
 def test_recompute_and_frozen_layers_change_nothing(found, schedule, change):
     for mine in found[2]:
         loss, weight, _ = mine[f"{change}: {schedule}"]
+        assert max(loss, weight) <= 1e-10
+
+
+@pytest.mark.parametrize("schedule", ("1f1b", "interleaved"))
+def test_a_pipeline_may_be_a_part_of_all_processes(found, schedule):
+    for mine in found[4]:
+        loss, weight, _ = mine[f"a part of all processes: {schedule}"]
         assert max(loss, weight) <= 1e-10
 
 
@@ -208,6 +216,14 @@ READS = LayerConfig(AttentionConfig(4, 2, 8), FeedForwardConfig(40), cross_atten
 def test_models_that_are_no_row_of_layers_are_refused(reason, layers, rest):
     with pytest.raises(HanlinError, match=reason):
         cut_stages(Transformer(ModelConfig("qwen3", 61, 32, layers, **rest)), 0, 4, "1f1b")
+
+
+def test_an_adapter_is_refused():
+    """It holds on to all layers, also to those of other ranks."""
+    model = model_of("dense")
+    add_lora(model, 2)
+    with pytest.raises(HanlinError, match="the model has an adapter"):
+        cut_stages(model, 0, 2, "gpipe")
 
 
 def test_stages_that_a_schedule_cannot_take_are_refused():

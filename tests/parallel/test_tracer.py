@@ -1,14 +1,15 @@
-"""The tracer sees every call of a process: plain, asynchronous, of backward and of DTensor, messages; with exact bytes."""
+"""The tracer sees every call of a process: plain, asynchronous, of backward, of DTensor, messages; with exact bytes."""
 
 import pytest
 from tests.parallel.replicas import in_processes
+from tests.parallel.traced import every_call
 
 from hanlin.parallel.tracer import Call
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    return in_processes(tmp_path_factory.mktemp("tracer"), 4, ["every_call"], ())["every_call"]
+    return in_processes(tmp_path_factory.mktemp("tracer"), 4, [every_call], ())["every_call"]
 
 
 def test_every_call_is_written_down_in_order_with_its_payload(found):

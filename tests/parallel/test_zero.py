@@ -1,24 +1,29 @@
-"""ZeRO 1, 2 and 3 over 2 and 4 processes train as one process does, with a share of its memory. fp64; `replicas` says
-what is done."""
+"""ZeRO 1, 2 and 3 over 2 and 4 processes train as one process does, with a share of its memory. fp64; `replica_checks`
+says what is done."""
 
 import pytest
 import torch
-from tests.parallel.replicas import KINDS, MUTATIONS, in_processes, model_of
+from tests.parallel import replica_checks as checks
+from tests.parallel.replica_mutants import MUTATIONS, mutants
+from tests.parallel.replicas import KINDS, in_processes, model_of
 from torch import nn
 
 from hanlin.parallel.flat import Flat, by_kind, find_packs
 
 ZEROS = ("zero1", "zero2", "zero3")
 CHECKS = {
-    2: ["equals_one_process", "without_last", "unused_counts_as_zero", "bytes_of_a_step", "packed_stay_views",
-        "loading_reaches_the_pieces", "mixed_precision", "refusals", "backward_without_weights", "mutants", "fsdp2"],
-    4: ["equals_one_process", "experts_apart", "over_a_tensor_cut", "bytes_of_a_step"],
+    2: [
+        checks.equals_one_process, checks.without_last, checks.unused_counts_as_zero, checks.bytes_of_a_step,
+        checks.packed_stay_views, checks.loading_reaches_the_pieces, checks.mixed_precision, checks.refusals,
+        checks.backward_without_weights, checks.fsdp2, mutants,
+    ],
+    4: [checks.equals_one_process, checks.experts_apart, checks.over_a_tensor_cut, checks.bytes_of_a_step],
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    return {n: in_processes(tmp_path_factory.mktemp(f"zero-{n}"), n, names, ZEROS) for n, names in CHECKS.items()}
+    return {n: in_processes(tmp_path_factory.mktemp(f"zero-{n}"), n, runs, ZEROS) for n, runs in CHECKS.items()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -107,10 +112,11 @@ def test_a_backward_that_leaves_weights_for_later_is_refused_by_zero3_alone(foun
 
 
 def test_each_stage_holds_less_than_the_one_before(tmp_path):
-    """4 ranks, Adam, W bytes of weights. Between steps plain data parallelism holds 4 W, stages 1 and 2 W + 3/4 W, stage
-    3 a quarter of 4 W (all within 10 %). At its peak, beyond equal activations, each stage saves what it promises: the
-    optimiser and a part of the gradients; whole gradients; weights but for the units at work (16 layers)."""
-    memory = in_processes(tmp_path, 4, ["memory"], ("data", *ZEROS))["memory"]
+    """4 ranks, Adam, W bytes of weights. Between steps plain data parallelism holds 4 W, stages 1 and 2 W + 3/4 W,
+    stage 3 a quarter of 4 W (all within 10 %). At its peak, beyond equal activations, each stage saves what it
+    promises: the optimiser and a part of the gradients; whole gradients; weights but for the units at work (16 layers).
+    """
+    memory = in_processes(tmp_path, 4, [checks.memory], ("data", *ZEROS))["memory"]
     for mine in memory:
         print(mine)
         weights = mine["data"][0]

@@ -66,7 +66,8 @@ def seen(request, tmp_path_factory):
         {"model": model, "layout": layout, "micro": None, "recompute": False, **how}
         for model, layout, how in CASES[world]
     ]
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "tests.plan.traffic_ranks"])
     processes = [context.Process(target=one_step, args=(rank, world, str(folder), cases)) for rank in range(world)]
     for process in processes:
         process.start()

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from hanlin.parallel.tracer import Tracer
 from tests.train.tiny_training import TinySource
 
 from hanlin.core.runs import Run
@@ -15,9 +14,11 @@ from hanlin.models.config import AttentionConfig, ExpertsConfig, FeedForwardConf
 from hanlin.models.transformer import Transformer
 from hanlin.nn.routing import RouterConfig
 from hanlin.parallel.settings import Layout
+from hanlin.parallel.tracer import Tracer
 from hanlin.train import CausalLM, Trainer, TrainSettings
+from hanlin.train.objective import batch_loss
 
-STEPS, ROWS, MICRO = 20, 16, 2
+STEPS, ROWS, MICRO = 4, 16, 2
 
 # name -> (processes, layout, kind of model, settings besides)
 LAYOUTS: dict[str, tuple[int, dict[str, Any], str, dict[str, Any]]] = {
@@ -98,14 +99,21 @@ def make_trainer(
     _, axes, kind, rest = CASES[name]
     settings = {
         "steps": steps, "batch_size": ROWS, "micro_batch_size": MICRO, "precision": "fp32", "log_every": 1, "lr": 3e-3,
-        "schedule": {"kind": "constant"}, "clip": 0.5, **rest,
+        "schedule": {"kind": "constant"}, "clip": 0.5, "eval_every": steps, "spikes": {},
+        **rest,
     }  # fmt: skip
     if kind == "moe":
         settings |= {"balance": {"kind": "loss", "weight": 0.05}, "router_z_loss": 1e-3}
     return trainer(
         layout_model(kind, dtype), CausalLM(), TinySource(ROWS), TrainSettings.model_validate(settings),
-        layout=Layout.model_validate(axes) if layout else None, run=run, quiet=True,
+        layout=Layout.model_validate(axes) if layout else None, run=run, evaluate=evaluate, quiet=True,
     )  # fmt: skip
+
+
+def evaluate(model: Transformer, step: int) -> dict[str, float]:
+    """On the same rows in every process."""
+    batch = TinySource(4, seed=99).batch(0)
+    return {"eval/loss": float(batch_loss(model, batch)) / CausalLM().count(batch)["tokens"]}
 
 
 def train_case(

@@ -1,4 +1,4 @@
-"""What the planner says a step sends is what the trainer's step sends, to the byte, in every layout and on every rank."""
+"""What the planner says a step sends is what the trainer's step sends: to the byte, in every layout, on every rank."""
 
 from collections import Counter
 

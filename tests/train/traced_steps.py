@@ -1,5 +1,5 @@
-"""One optimizer step of the real `Trainer` under the tracer, in every layout: what each rank of it sent, and the planner's
-figures for the same rank.
+"""One optimizer step of the real `Trainer` under the tracer, in every layout: what each rank sent, and what the planner
+says of the same rank.
 
 Traced is what belongs to a step: totals, forward and backward, norm, balance, update. Setting up, logging, evaluation
 and checkpoints are outside.
@@ -24,7 +24,7 @@ from hanlin.plan.communication import Sent, StepShape, step_traffic
 from hanlin.train import Trainer
 from hanlin.train.prefetch import StepWork
 
-STEPS, TRACED = 3, 1  # steps that are made; the one in the middle is traced
+STEPS, TRACED = 2, 1  # steps that are made; the last is traced: by then everything is warm
 
 
 class TracedTrainer(Trainer):

@@ -128,6 +128,8 @@ def resolve_settings(recipe: TrainRecipe, data: Data) -> tuple[TrainSettings, li
         notes.append(f"epochs: {data.epochs:g} (the usual number for this many conversations)")
     if recipe.train.lr is None:
         kind = recipe.train.optimizer.kind
+        if kind not in USUAL_PEAK:
+            raise HanlinError(f"There is no usual rate for the optimizer {kind}: give `train.lr`.")
         rate, why = USUAL_PEAK[kind], f"the usual peak of {kind} for a small model"
         if not isinstance(recipe.model, NewModel):
             known, reason = usual_lr(recipe.model.path)

@@ -24,9 +24,9 @@ from hanlin.core.progress import Progress
 from hanlin.core.text_sources import read_documents
 from hanlin.data.batch import Batch, BatchSource
 from hanlin.models.transformer import Transformer
-from hanlin.nn.losses import IGNORE, linear_cross_entropy
+from hanlin.nn.losses import IGNORE
 from hanlin.tokens import Tokenizer
-from hanlin.train.objective import document_mask
+from hanlin.train.objective import batch_loss
 
 TOKENS_AT_ONCE = 8192  # of one forward pass: enough to fill a matrix unit, little enough for a small machine
 
@@ -144,9 +144,7 @@ def _measure(
         with Progress(title, unit="tokens", quiet=quiet) as bar:
             for batch in batches:
                 here = batch.to(model.device)
-                mask = document_mask(here)
-                hidden = model(here.ids, positions=here.positions, mask=mask, logits=None).hidden
-                nats += float(linear_cross_entropy(hidden, model.head_weight.detach(), here.targets))
+                nats += float(batch_loss(model, here))
                 predicted = batch.targets[batch.targets != IGNORE]
                 tokens += len(predicted)
                 if tokenizer is not None:

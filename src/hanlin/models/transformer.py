@@ -6,9 +6,10 @@
 Hugging Face names of Llama, so a checkpoint of the families that use them needs no translation.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +82,7 @@ class Transformer(nn.Module):
         self.compute_dtype: torch.dtype | None = None
         self.part: Part | None = None  # what this rank holds of it, if it was cut (`parallel.tensor`)
         self.context: RowSharing | None = None  # with whom it shares the tokens of a row (`parallel.context`)
+        self.score_elsewhere: Callable[[Any], Tensor] | None = None  # a batch's loss, where stages lie on other ranks
         self.reset_parameters()
         if config.tied_embeddings and self.lm_head is not None:
             self.lm_head.weight = self.model.embed_tokens.weight

@@ -60,7 +60,7 @@ class Pipeline:
     chunks: stages a rank (interleaved, zero_bubble; None: 2). tokens: how many tokens of a row of so many a state
     between two layers holds here (fewer under sequence parallelism); None: all.
 
-    The model may be changed after that (adapters aside): recompute, `compute_dtype`, ZeRO-1 act as ever.
+    What acts on a model afterwards acts as ever: recompute, `compute_dtype`, a context axis, plain replicas and ZeRO-1.
     """
 
     def __init__(
@@ -304,8 +304,8 @@ class _Runner(nn.Module):
 
 
 class _Place(PipelineStage):
-    """A stage whose shapes are all known, so that its first step sends nothing but states; torch would let all ranks
-    vote on that first."""
+    """A stage whose shapes are all known, so that its first step sends nothing but states. torch would let all ranks
+    vote on that first (2.13), or greet each other."""
 
     @property
     def runner(self) -> _Runner:
@@ -317,6 +317,9 @@ class _Place(PipelineStage):
 
     def _warmup_backward_result(self, received_result: Tensor | None = None) -> Tensor:
         return torch.ones(1, dtype=torch.int32)
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        return []
 
     def get_local_bwd_output(self, mb_index: int) -> Any:  # torch asks without a backward, too
         return super().get_local_bwd_output(mb_index) if self.has_backward else ()

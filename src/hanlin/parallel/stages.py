@@ -18,6 +18,7 @@ from hanlin.core.errors import HanlinError
 from hanlin.models.config import BucketPosition, ModelConfig, RelativeAttentionConfig
 from hanlin.models.shared import Shared
 from hanlin.models.transformer import Transformer
+from hanlin.nn.linear import Linear
 from hanlin.parallel.collectives import Group
 from hanlin.parallel.settings import SEVERAL_STAGES, Schedule
 
@@ -189,6 +190,8 @@ def _refuse(model: Transformer, ranks: int) -> None:
         reason = "the model has an encoder and a decoder, whose layers are no single row of stages"
     elif model.ahead is not None:
         reason = "the model predicts several tokens ahead (predict_ahead), which reads the embedding in the last stage"
+    elif any(isinstance(module, Linear) and module.branch is not None for module in model.modules()):
+        reason = "the model has an adapter, which holds on to the layers of other ranks, too"
     elif any(isinstance(layer.attention, RelativeAttentionConfig) for layer in config.layers):
         reason = "the model has relative attention in two streams (XLNet)"
     elif any(isinstance(layer.attention.position, BucketPosition) for layer in config.layers):

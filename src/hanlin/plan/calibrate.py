@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from statistics import median
@@ -23,8 +24,9 @@ from hanlin.core.files import atomic_path
 from hanlin.kernels import train_attention, training
 from hanlin.kernels.cross_entropy import cross_entropy
 from hanlin.models.config import AttentionConfig, FeedForwardConfig, ModelConfig
+from hanlin.plan.measure import measured_seconds
 from hanlin.plan.seconds import Rates, price
-from hanlin.plan.trace import key_flops, trace_step
+from hanlin.plan.trace import Trace, key_flops, trace_step
 from hanlin.plan.work import Work, open_bench
 
 COLD = 1 << 25  # bytes that a probe's buffers have together
@@ -51,10 +53,19 @@ def machine_rates(*, fresh: bool = False, clock: Clock = time.perf_counter) -> R
     return rates
 
 
-@torch.no_grad()
 def measure_rates(*, tries: int = 5, clock: Clock = time.perf_counter) -> Rates:
-    """Measure now."""
+    """Measure now. About twenty seconds."""
     tune_allocator()
+    with torch.no_grad():
+        rates = _alone(tries, clock)
+    rates = replace(rates, overhead=_overhead(rates, clock))
+    for name in DTYPES:  # fp32 first: a step in bf16 has operations in fp32
+        rates = replace(rates, within={**rates.within, name: _within(rates, name, clock)})
+    return rates
+
+
+def _alone(tries: int, clock: Clock) -> Rates:
+    """Every operation by itself."""
     products: dict[tuple[str, str], list] = {}
     passes: dict[tuple[str, str], list] = {}
     attention: dict[tuple[str, str], list] = {}
@@ -74,8 +85,7 @@ def measure_rates(*, tries: int = 5, clock: Clock = time.perf_counter) -> Rates:
             passes[f"new {kind}", name] = [(0, _new_shape(kind, dtype, clock))]
     for size, work in _truth_values():
         passes.setdefault(("pointwise", "bool"), []).append((size, _fastest(work, tries, clock)))
-    rates = Rates(products, {k: sorted(v) for k, v in passes.items()}, attention, 0.0, machine_summary())
-    return Rates(rates.products, rates.passes, rates.attention, _overhead(rates, clock), rates.about)
+    return Rates(products, {k: sorted(v) for k, v in passes.items()}, attention, 0.0, about=machine_summary())
 
 
 def fastest_of(found: Sequence[Rates]) -> Rates:
@@ -89,7 +99,8 @@ def fastest_of(found: Sequence[Rates]) -> Rates:
         }
 
     overhead = min(rates.overhead for rates in found)
-    return Rates(best("products", max), best("passes", min), best("attention", max), overhead, found[0].about)
+    within = {dtype: min(rates.within[dtype] for rates in found) for dtype in found[0].within}
+    return Rates(best("products", max), best("passes", min), best("attention", max), overhead, within, found[0].about)
 
 
 def _fastest(works: Iterator[Callable[[], Any]], tries: int, clock: Clock) -> float:
@@ -227,22 +238,32 @@ def _adam(x: Tensor) -> Callable[[], Any]:
     return optimizer.step
 
 
-@torch.enable_grad()
 def _overhead(rates: Rates, clock: Clock) -> float:
     """Seconds of a call beside its work: what a tiny model's step takes more than its operations, for each of them."""
-    config = ModelConfig.uniform(
-        "llama", depth=6, attention=AttentionConfig(4, 4, 32), feed_forward=FeedForwardConfig(384), vocab_size=512,
-        width=128,
-    )  # fmt: skip
-    work = Work(1, 64, precision="fp32")
+    config, work = _reference(6, 128, 384, 512), Work(1, 64, precision="fp32")
     done = trace_step(config, work)
-    bench = open_bench(config, work, torch.device("cpu"))
-    best = float("inf")
-    for _ in range(12):
-        start = clock()
-        bench.step()
-        best = min(best, clock() - start)
-    return max(0.0, best - price(done, rates).total) / done.calls
+    return max(0.0, _fastest_step(config, work, 12, clock) - price(done, rates).total) / done.calls
+
+
+def _within(rates: Rates, dtype: str, clock: Clock) -> float:
+    """How many times longer the operations in `dtype` take in a middling model's step than alone."""
+    config, work = _reference(3, 320, 896, 6144), Work(4, 192, precision="fp32" if dtype == "fp32" else "bf16")
+    done = trace_step(config, work)
+    mine = {key: count for key, count in done.counts.items() if key[1] == dtype}
+    rest = {key: count for key, count in done.counts.items() if key[1] != dtype}
+    left = _fastest_step(config, work, 8, clock) - price(Trace(rest, done.calls), rates).total
+    return max(1.0, left / price(Trace(mine, 0), rates).total)
+
+
+def _reference(depth: int, width: int, hidden: int, vocabulary: int) -> ModelConfig:
+    return ModelConfig.uniform(
+        "llama", depth=depth, attention=AttentionConfig(width // 32, width // 64, 32), width=width,
+        feed_forward=FeedForwardConfig(hidden), vocab_size=vocabulary,
+    )  # fmt: skip
+
+
+def _fastest_step(config: ModelConfig, work: Work, steps: int, clock: Clock) -> float:
+    return min(measured_seconds(open_bench(config, work, torch.device("cpu")), steps=steps, clock=clock))
 
 
 def _cache() -> Path:
@@ -254,7 +275,7 @@ def _cache() -> Path:
 def _written(rates: Rates) -> dict[str, Any]:
     tables = {"products": rates.products, "passes": rates.passes, "attention": rates.attention}
     rows = {name: [[*key, points] for key, points in table.items()] for name, table in tables.items()}
-    return {**rows, "overhead": rates.overhead, "about": dict(rates.about)}
+    return {**rows, "overhead": rates.overhead, "within": dict(rates.within), "about": dict(rates.about)}
 
 
 def _read(row: dict[str, Any]) -> Rates:
@@ -264,6 +285,6 @@ def _read(row: dict[str, Any]) -> Rates:
             for kind, dtype, points in row[name]
         }
 
-    return Rates(table("products"), table("passes"), table("attention"), row["overhead"], row["about"])
+    return Rates(table("products"), table("passes"), table("attention"), row["overhead"], row["within"], row["about"])
 
 

@@ -54,17 +54,15 @@ def memory_changes(recorded: profile) -> list[tuple[int, int]]:
     return sorted(found, key=lambda change: change[0])
 
 
-def measured_seconds(bench: Bench, *, steps: int = 5, between: Callable[[], None] | None = None) -> list[float]:
-    """Seconds of each of `steps` steps, after one to warm up. between: called before each of them."""
+def measured_seconds(bench: Bench, *, steps: int = 5, clock: Callable[[], float] = time.perf_counter) -> list[float]:
+    """Seconds of each of `steps` steps, after one to warm up."""
     found = []
-    for number in range(steps + 1):
-        if between is not None and number:
-            between()
-        start = time.perf_counter()
+    for _ in range(steps + 1):
+        start = clock()
         bench.step()
         if bench.device.type == "cuda":
             torch.cuda.synchronize(bench.device)
-        found.append(time.perf_counter() - start)
+        found.append(clock() - start)
     return found[1:]
 
 

@@ -16,6 +16,7 @@ from hanlin.core.runs import Run
 from hanlin.models import ModelConfig, load_config
 from hanlin.plan.request import recipe_config
 from hanlin.plan.scaling import Budget, Fit, Point
+from hanlin.plan.table import quantity
 from hanlin.train.history import RunHistory, read_run
 
 HELD_OUT = "eval/loss"
@@ -56,6 +57,7 @@ def draw_law(points: Sequence[Point], fit: Fit, budgets: Sequence[Budget], path:
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure = Figure(figsize=(12, 4.8), dpi=120, facecolor="white")
     figure.set_layout_engine("constrained")
@@ -67,8 +69,11 @@ def draw_law(points: Sequence[Point], fit: Fit, budgets: Sequence[Budget], path:
         colour = _between(number / max(1, len(sizes) - 1))
         mine = sorted((p.tokens, p.loss) for p in points if p.parameters == size)
         left.plot(*zip(*mine, strict=True), "o", color=colour, markersize=5)
-        left.plot(span, [fit.law.loss(size, d) for d in span], color=colour, linewidth=1.3, label=f"{size:.3g}")
+        left.plot(span, [fit.law.loss(size, d) for d in span], color=colour, linewidth=1.3, label=quantity(size))
     left.set_xscale("log")
+    left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.xaxis.set_major_formatter(FuncFormatter(lambda value, _: quantity(value)))
+    left.xaxis.set_minor_formatter(NullFormatter())
     left.set_xlabel("tokens", fontsize=9, color=INK)
     left.set_ylabel(f"{loss}, nats a token", fontsize=9, color=INK)
     left.legend(title="parameters", fontsize=8, title_fontsize=8, frameon=False)

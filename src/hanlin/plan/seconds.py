@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from hanlin.core.errors import HanlinError
 from hanlin.models.config import ModelConfig
-from hanlin.plan.trace import Key, Work_, key_flops, trace_step
+from hanlin.plan.trace import Key, Trace, key_flops, trace_step
 from hanlin.plan.work import Work
 
 Shape = tuple[int, int, int]
@@ -25,18 +25,24 @@ class Rates:
     """What this machine does in a second.
 
     products[kind, dtype]: ((m, k, n), FLOP/s); passes[kind, dtype]: (bytes, seconds), ascending; attention[kind,
-    dtype]: ((pairs, width), FLOP/s); overhead: seconds of a call beside its work.
+    dtype]: ((pairs, width), FLOP/s); overhead: seconds of a call beside its work; within[dtype]: how many times longer
+    an operation takes within a step than alone, where caches and page tables are its own.
     """
 
     products: Mapping[tuple[str, str], Sequence[tuple[Shape, float]]]
     passes: Mapping[tuple[str, str], Sequence[tuple[int, float]]]
     attention: Mapping[tuple[str, str], Sequence[tuple[tuple[int, int], float]]]
     overhead: float
+    within: Mapping[str, float] = field(default_factory=dict)
     about: Mapping[str, object] = field(default_factory=dict)
 
     def seconds(self, key: Key) -> float:
-        """Of one operation, without its overhead."""
+        """Of one operation within a step, without its overhead."""
         kind, dtype, size = key
+        return self.within.get(dtype, 1.0) * self._alone(kind, dtype, size)
+
+    def _alone(self, kind: str, dtype: str, size: tuple[int, ...]) -> float:
+        key = kind, dtype, size
         if kind.startswith("mm"):
             return key_flops(key) / _near(_found(self.products, kind, dtype), size)
         if kind.startswith("attention"):
@@ -58,7 +64,7 @@ def step_seconds(config: ModelConfig, work: Work, rates: Rates) -> Seconds:
     return price(trace_step(config, work), rates)
 
 
-def price(done: Work_, rates: Rates) -> Seconds:
+def price(done: Trace, rates: Rates) -> Seconds:
     """What counted work costs."""
     parts: dict[str, float] = defaultdict(float)
     for key, count in done.counts.items():

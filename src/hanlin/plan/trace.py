@@ -45,8 +45,8 @@ Key = tuple[str, str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Work_:
-    """counts: how often each (kind, dtype, size) is done in a step; calls: operations of any kind."""
+class Trace:
+    """The work of one step. counts: how often each (kind, dtype, size) is done; calls: operations of any kind."""
 
     counts: dict[Key, int]
     calls: int
@@ -87,7 +87,7 @@ class Recorder:
             self.counts[_pass(base, args, kwargs, out)] += 1
 
 
-def trace_step(config: ModelConfig, work: Work) -> Work_:
+def trace_step(config: ModelConfig, work: Work) -> Trace:
     """The second optimizer step of this work, counted."""
     recorder = Recorder()
     with planned(config, work, "cpu", listener=recorder) as (fakes, bench):
@@ -96,7 +96,7 @@ def trace_step(config: ModelConfig, work: Work) -> Work_:
         recorder.counts.clear()
         recorder.calls = 0
         bench.step(fakes.stage)
-    return Work_(dict(recorder.counts), recorder.calls)
+    return Trace(dict(recorder.counts), recorder.calls)
 
 
 def key_flops(key: Key) -> float:

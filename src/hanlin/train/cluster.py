@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hanlin.models.transformer import Transformer
+from hanlin.data.batch import Batch
+from hanlin.models.transformer import Output, Transformer
 from hanlin.parallel.context import ContextParallel
 from hanlin.parallel.data import DataParallel
 from hanlin.parallel.expert import expert_cut, expert_parameters, split_experts
@@ -26,9 +27,11 @@ from hanlin.parallel.settings import Layout
 from hanlin.parallel.tensor import copies, cut_of, shard
 from hanlin.parallel.zero import Zero
 from hanlin.train.exchange import MatrixExchange
+from hanlin.train.objective import document_mask
 from hanlin.train.optim import parameter_kinds
 from hanlin.train.saving import Laid, model_tensors, tensor_cuts
 from hanlin.train.sharded import Share
+from hanlin.train.token_loss import token_loss
 
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 
@@ -69,6 +72,7 @@ class Cluster:
                 model, mesh.group("pipeline"), schedule=layout.schedule, chunks=layout.chunks, device=self.device,
                 tokens=(lambda length: length // layout.tensor) if layout.sequence else None,
             )  # fmt: skip
+            model.score_elsewhere = self._score
         if layout.context > 1:
             self.context = ContextParallel(mesh.group("context"), layout.context_kind)
             self.context.attach(model)
@@ -201,6 +205,19 @@ class Cluster:
             total = (norms.square() * shares).sum()
         dist.all_reduce(total)
         return total.sqrt()
+
+    @torch.no_grad()
+    def _score(self, batch: Batch) -> Tensor:
+        """The loss of a batch that every rank of the pipeline has."""
+        assert self.pipeline is not None
+
+        def inputs(part: Batch) -> dict[str, Any]:
+            return {"positions": part.positions, "mask": document_mask(part)}
+
+        def score(model: Transformer, output: Output, part: Batch) -> Tensor:
+            return token_loss(model, output.hidden, part.targets)
+
+        return self.pipeline.evaluate([batch], inputs, score)
 
     # --- sums ---
 

@@ -85,6 +85,15 @@ class CausalLM:
         return terms, metrics
 
 
+def batch_loss(model: Transformer, batch: Batch) -> Tensor:
+    """The sum of cross-entropies over the batch's targets, without a gradient: whole, cut, or in a pipeline, where
+    every rank asks for the same batch."""
+    if model.score_elsewhere is not None:
+        return model.score_elsewhere(batch)
+    hidden = model(batch.ids, positions=batch.positions, mask=document_mask(batch), logits=None).hidden
+    return token_loss(model, hidden, batch.targets).detach()
+
+
 def document_mask(batch: Batch) -> Mask:
     """`Causal()` where that is exact, `Causal() & SameDocument` where rows hold several documents."""
     return Causal() if batch.one_document_a_row else Causal() & SameDocument(batch.documents)

@@ -134,8 +134,8 @@ class Cost:
 
 
 def cost(name: str, size: int, n: int, rank: int, root: int = 0) -> Cost:
-    """What a collective of n ranks costs this rank. size: bytes of the whole tensor (S above), of parts n of them of equal
-    size; root: source or target."""
+    """What a collective of n ranks costs this rank. size: bytes of the whole tensor (S above), which n divides where it
+    is made of n parts; root: source or target."""
     me, depth = (rank - root) % n, (n - 1).bit_length()
     children = sum(me < reach and me + reach < n for reach in _doublings(n))  # in the tree
     up, around = size * (me > 0), size // n * (n - 1)
