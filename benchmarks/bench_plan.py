@@ -57,10 +57,9 @@ def in_own_process(name: str) -> dict[str, Any]:
 
 def one_memory(name: str) -> dict[str, Any]:
     """Predict, then measure, one case."""
-    from plan_cases import MEMORY
-
     from hanlin.plan.measure import measured_peak
     from hanlin.plan.memory import step_memory
+    from plan_cases import MEMORY
 
     config, work = MEMORY[name]
     start = time.perf_counter()
@@ -94,7 +93,6 @@ def timed(
     """Rates, then every model's steps, then rates and steps again: the fastest of each counts, so that what else this
     machine did at one of the two moments counts for nothing."""
     import torch
-    from plan_cases import TIME
 
     from hanlin.core.device import tune_allocator
     from hanlin.plan.calibrate import fastest_of, measure_rates
@@ -102,6 +100,7 @@ def timed(
     from hanlin.plan.seconds import price
     from hanlin.plan.trace import trace_step
     from hanlin.plan.work import open_bench
+    from plan_cases import TIME
 
     tune_allocator()
     names = only or list(TIME)
@@ -133,7 +132,9 @@ def show_time(rows: list[dict[str, Any]]) -> None:
             f"{100 * r['error']:+.1f} | {r['gflops']:.0f} |"
         )
     errors = [abs(r["error"]) for r in rows]
-    print(f"\n{len(rows)} models: median error {100 * statistics.median(errors):.1f} %, worst {100 * max(errors):.1f} %\n")
+    print(
+        f"\n{len(rows)} models: median error {100 * statistics.median(errors):.1f} %, worst {100 * max(errors):.1f} %\n"
+    )
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 from hanlin.models.config import (
     AttentionConfig,
+    EmbeddingConfig,
     ExpertsConfig,
     FeedForwardConfig,
     HeadConfig,
     LatentAttentionConfig,
     ModelConfig,
     NormConfig,
-    EmbeddingConfig,
 )
 from hanlin.nn.routing import RouterConfig
 from hanlin.plan.work import Lora, Work

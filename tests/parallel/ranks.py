@@ -16,14 +16,7 @@ FAMILIES = (
 )  # fmt: skip
 
 
-MORE = (
-    "bert-segments",
-    "bart",
-    "qwen2-moe",
-    "llama4",
-    "switch-capacity",
-    "chatglm-6b",
-)
+MORE = ("bert-segments", "bart", "qwen2-moe", "llama4", "switch-capacity", "deepseek-v3")
 
 
 def loss_of(model, case, inputs):

@@ -1,6 +1,7 @@
 """What each of several processes of `test_data` and `test_zero` checks, for the ways it is given."""
 
 import gc
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -138,9 +139,11 @@ def memory_of(way: str) -> list[int]:
         replication = replicate(model, way, dist.group.WORLD)
         optimizer = torch.optim.Adam(list(replication.pieces.values()), foreach=False)
         for step in range(2):
-            run_step(model, [replication], step, micro=1)
+            run_step(model, [replication], step)
             optimizer.step()
             replication.publish()
+            dist.barrier()
+            time.sleep(0.2)  # gloo's threads let go of what they have sent
             with torch.profiler.record_function(f"done {step}"):
                 pass
     now = peak = idle = 0

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from tests.parallel.replicas import Ways, train_together
 
-from hanlin.parallel.flat import Flat
+from hanlin.parallel import shares
 
 
 def mutants(ways: Ways) -> dict[str, float]:
@@ -16,9 +16,7 @@ def mutants(ways: Ways) -> dict[str, float]:
     found = {}
     for way in ways:
         for name, broken in MUTATIONS.items():
-            if name.startswith(("reduce", "gather", "share")) and way == "data":
-                continue
-            if name.startswith("all-reduce") and way != "data":
+            if name.startswith("all-reduce") != (way == "data"):
                 continue
             with broken():
                 found[f"{way}: {name}"] = train_together("untied", way)
@@ -40,34 +38,29 @@ class Done:
         pass
 
 
-def _mean(call: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*tensors: torch.Tensor, **rest: Any) -> Any:
-        tensors[-1].div_(dist.get_world_size())
-        return call(*tensors, **rest)
-
-    return run
+def _mean(tensor: torch.Tensor, **rest: Any) -> Any:
+    return ALL_REDUCE(tensor.div_(dist.get_world_size()), **rest)
 
 
-def _local_share(mine: torch.Tensor, whole: torch.Tensor, **_: Any) -> Done:
+def _mean_share(mine: torch.Tensor, whole: torch.Tensor, group: Any) -> Any:
+    return REDUCE(mine, whole.div_(dist.get_world_size()), group)
+
+
+def _neighbours_share(mine: torch.Tensor, whole: torch.Tensor, group: Any) -> Any:
+    return REDUCE(mine, whole.roll(len(mine)), group)
+
+
+def _local_share(mine: torch.Tensor, whole: torch.Tensor, _: Any) -> Done:
     mine.copy_(whole.chunk(dist.get_world_size())[dist.get_rank()])
     return Done()
 
 
-def _neighbours_share(call: Callable[..., Any]) -> Callable[..., Any]:
-    def run(mine: torch.Tensor, whole: torch.Tensor, **rest: Any) -> Any:
-        return call(mine, whole.roll(len(mine)), **rest)
-
-    return run
-
-
-PIECES = Flat.pieces
+ALL_REDUCE, REDUCE = dist.all_reduce, shares.reduce
 MUTATIONS: dict[str, Callable[[], Any]] = {
     "all-reduce skipped": lambda: swapped(dist, "all_reduce", lambda *_, **__: Done()),
-    "all-reduce of means": lambda: swapped(dist, "all_reduce", _mean(dist.all_reduce)),
-    "reduce skipped": lambda: swapped(dist, "reduce_scatter_tensor", _local_share),
-    "reduce of means": lambda: swapped(dist, "reduce_scatter_tensor", _mean(dist.reduce_scatter_tensor)),
-    "reduce of a neighbour's share": lambda: swapped(
-        dist, "reduce_scatter_tensor", _neighbours_share(dist.reduce_scatter_tensor)
-    ),
-    "gather skipped": lambda: swapped(dist, "all_gather_into_tensor", lambda *_, **__: Done()),
+    "all-reduce of means": lambda: swapped(dist, "all_reduce", _mean),
+    "reduce skipped": lambda: swapped(shares, "reduce", _local_share),
+    "reduce of means": lambda: swapped(shares, "reduce", _mean_share),
+    "reduce of a neighbour's share": lambda: swapped(shares, "reduce", _neighbours_share),
+    "gather skipped": lambda: swapped(shares, "gather", lambda *_: Done()),
 }

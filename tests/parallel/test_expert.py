@@ -21,7 +21,7 @@ def told(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checks")
     processes = [in_own_process(check, rank, 2, str(folder)) for rank in range(2)]
     for process in processes:
-        process.join(300)
+        process.join(600)
         if process.exitcode is None:
             process.kill()
         assert process.exitcode == 0

@@ -13,7 +13,7 @@ def test_every_family_computes_what_one_process_does(tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=300)
+        process.join(timeout=600)
         assert process.exitcode == 0
     lines = [line.split("\t") for line in (tmp_path / "0").read_text().splitlines()]
     told = {line[0]: line[1:] for line in lines}

@@ -40,7 +40,7 @@ def run(folder, ranks: int, cases: dict, mutants: dict) -> dict:
     """{name: gaps} as the first rank told it; every rank must tell the same kind of thing."""
     processes = [in_own_process(work, rank, ranks, str(folder), cases, mutants) for rank in range(ranks)]
     for process in processes:
-        process.join(300)
+        process.join(600)
         if process.exitcode is None:
             process.kill()
     told = [json.loads((folder / f"told-{rank}.json").read_text()) for rank in range(ranks)]

@@ -25,7 +25,7 @@ def test_so_many_ranks_keep_every_promise(tmp_path, ranks):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(300)
         assert process.exitcode == 0
     errors = [(tmp_path / f"errors-{rank}").read_text(encoding="utf-8") for rank in range(ranks)]
     assert errors == [""] * ranks, errors[0]

@@ -112,10 +112,9 @@ def test_a_backward_that_leaves_weights_for_later_is_refused_by_zero3_alone(foun
 
 
 def test_each_stage_holds_less_than_the_one_before(tmp_path):
-    """4 ranks, Adam, W bytes of weights. Between steps plain data parallelism holds 4 W, stages 1 and 2 W + 3/4 W,
-    stage 3 a quarter of 4 W (all within 10 %). At its peak, beyond equal activations, each stage saves what it
-    promises: the optimiser and a part of the gradients; whole gradients; weights but for the units at work (16 layers).
-    """
+    """4 ranks, Adam, two micro-batches, W bytes of weights. Between steps plain data parallelism holds 4 W, stages 1 and
+    2 W + 3/4 W, stage 3 a quarter of 4 W (all within 10 %). The peaks fall by at least 1 W (optimiser), 0.3 W (whole
+    gradients from one backward to the next) and 0.4 W (weights, but for the units at work), together by 2.2 W."""
     memory = in_processes(tmp_path, 4, [checks.memory], ("data", *ZEROS))["memory"]
     for mine in memory:
         print(mine)
@@ -125,9 +124,9 @@ def test_each_stage_holds_less_than_the_one_before(tmp_path):
         for way, expected in {"data": 4, "zero1": 1.75, "zero2": 1.75, "zero3": 1}.items():
             assert idle[way] == pytest.approx(expected, rel=0.1)
         assert peak["zero1"] <= peak["data"] - 1.0
-        assert peak["zero2"] <= peak["zero1"] - 0.6
+        assert peak["zero2"] <= peak["zero1"] - 0.3
         assert peak["zero3"] <= peak["zero2"] - 0.4
-        assert peak["zero3"] <= peak["data"] - 2.6
+        assert peak["zero3"] <= peak["data"] - 2.2
 
 
 def test_pieces_of_all_ranks_cover_every_parameter_once():

@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from hanlin.parallel.collectives import copy_in
+from hanlin.parallel.shares import gather, reduce
 from hanlin.parallel.tracer import Tracer
 
 
@@ -21,9 +22,9 @@ def every_call(_: Ways) -> dict[str, Any]:
     with Tracer() as tracer:
         dist.all_reduce(x)
         dist.all_reduce(x, async_op=True).wait()
-        dist.all_gather_into_tensor(whole, torch.ones(6, dtype=torch.float64), async_op=True).wait()
+        gather(whole, torch.ones(6, dtype=torch.float64), dist.group.WORLD).wait()
         dist.all_gather(parts, x)
-        dist.reduce_scatter_tensor(torch.empty(6, dtype=torch.float64), whole)
+        reduce(torch.empty(6, dtype=torch.float64), whole, dist.group.WORLD).wait()
         dist.all_to_all_single(torch.empty_like(whole), whole)
         dist.all_to_all(parts, [x.clone() for _ in range(ranks)])
         dist.broadcast(x, src=0)

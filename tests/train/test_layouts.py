@@ -1,4 +1,4 @@
-"""N processes equal one: 20 steps of the real trainer in every layout, fp64."""
+"""N processes equal one: four steps of the real trainer in every layout, fp64."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_layout_trains_what_one_process_trains(trained, alone, name):
-    """Losses and gradient norms within 1e-10, weights within 1e-10 (relative L2 of each tensor) after 20 steps."""
+    """Losses and gradient norms within 1e-10, weights within 1e-10 (relative L2 of each tensor) after four steps."""
     compare(trained(name), alone(name), 1e-10)
 
 

@@ -37,6 +37,7 @@ class Share:
         self.gradients = Gradients(flat, keep=keep)
         self._reducing: list[tuple[Any, Tensor, Tensor]] = []  # work, its result, its input
         self._sum: Tensor | None = None
+        self.reduced = False  # in this step
         self.pieces: dict[str, nn.Parameter] = {}
         self.ranges: dict[str, tuple[int, int]] = {}
         self._cuts: dict[str, slice] = {}  # of a piece in the share
@@ -56,9 +57,8 @@ class Share:
                 return
             self.whole.untyped_storage().resize_(self._bytes)
         self.here = True
-        self._gathering = dist.all_gather_into_tensor(
-            self.whole.data, self.mine.data, group=self.group, async_op=True
-        )  # `data`: autograd must not count this as a change of what it has kept
+        # `data`: autograd must not count this as a change of what it has kept
+        self._gathering = gather(self.whole.data, self.mine.data, self.group)
 
     def wait(self) -> None:
         """Until what was begun is done."""
@@ -87,10 +87,15 @@ class Share:
 
     # --- gradients ---
 
+    @property
+    def waiting(self) -> bool:
+        """Whether there are gradients that no sum was begun of."""
+        return not self.gradients.empty or any(place.parameter.grad is not None for place in self.flat.places)
+
     def clear(self) -> None:
         """Before a step."""
         self.settle()
-        self._sum = None
+        self._sum, self.reduced = None, False
         self.gradients.drop(memory=True)
         for piece in self.pieces.values():
             piece.grad = None
@@ -98,10 +103,10 @@ class Share:
     def start_reducing(self) -> None:
         """Begin to sum what has gathered since the last time over the ranks: a reduce-scatter of `flat.size` numbers.
         The whole gradients are given away."""
+        self.reduced = True
         buffer = self.gradients.complete()
         mine = buffer.new_empty(self.flat.share)
-        work = dist.reduce_scatter_tensor(mine, buffer, group=self.group, async_op=True)
-        self._reducing.append((work, mine, buffer))
+        self._reducing.append((reduce(mine, buffer, self.group), mine, buffer))
         self.gradients.drop(memory=True)
 
     def settle(self) -> None:
@@ -119,3 +124,15 @@ class Share:
         for name, piece in self.pieces.items():
             assert self._sum is not None
             piece.grad = self._sum[self._cuts[name]]
+
+
+def gather(whole: Tensor, mine: Tensor, group: dist.ProcessGroup) -> Any:
+    """Begin: whole (n * share,) becomes the ranks' `mine` (share,), which may be a part of it -> what to wait for."""
+    call = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+    return call(whole, mine, group=group, async_op=True)
+
+
+def reduce(mine: Tensor, whole: Tensor, group: dist.ProcessGroup) -> Any:
+    """Begin: mine (share,) becomes this rank's part of the ranks' sum of `whole` -> what to wait for."""
+    call = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    return call(mine, whole, group=group, async_op=True)

@@ -5,6 +5,16 @@ arXiv:1909.08053).
         │                                                            (+) ──▶ y     one sum over the ranks for attention,
         └─▶ rank 1: its heads ──▶ its columns of W_o ──▶ partial y ──┘             one for the feed-forward of a layer
 
+Bytes a rank gives in one pass over `rows` rows of T tokens, all in all-reduces, S = rows * T * width * b with b bytes
+an activation; `parallel.sequence` and `parallel.vocabulary` have their own:
+
+    forward     S for attention, S for a feed-forward or experts, S for a shared expert, S for cross-attention; the
+                embedding S in its weights' dtype
+    backward    as many S for the blocks' inputs (cross-attention: its source besides), k numbers a token for the
+                router's weights (fp32, fp64 for fp64); latent attention has in the place of its S the input of its
+                query heads and the latent. In the weights' dtype: gradients of query, key and latent norms; those of
+                key heads that ranks share, one slot for each key head of the layer
+
 `models.tensor_plan` says which tensor is cut how. `shard` cuts a loaded model in place and hangs the collectives on its
 modules, so that `model(ids)` on every rank gives every rank the same whole logits. It works over any process group
 (gloo, nccl), before `nn.frozen.freeze`, and with gradients: `gather` puts weights or gradients together again.

@@ -72,11 +72,7 @@ class Columns:
                 f"This rank has the tokens {self.start} … {self.stop - 1} of {self.vocabulary}; its head has "
                 f"{len(head.weight)} rows."
             )
-        if targets.is_cpu and targets.numel():
-            real = targets[targets != IGNORE]
-            wrong = real[(real < 0) | (real >= self.vocabulary)]
-            if len(wrong):
-                raise IndexError(f"a target of {int(wrong[0])}, but there are {self.vocabulary} tokens")
+        _check_targets(targets, self.vocabulary)
 
 
 def vocabulary_parallel_loss(
@@ -108,6 +104,7 @@ def vocabulary_parallel_token_sums(
 def token_sums(hidden: Tensor, head: Head, targets: Tensor, *, chunk: int | None = None) -> tuple[Tensor, Tensor]:
     """(sum of cross-entropies, sum over the trained tokens of log(sum exp z)^2) of a whole head, each with its gradient
     (z-loss: PaLM, arXiv:2204.02311, section 5). The logits are made twice, forward and backward."""
+    _check_targets(targets, len(head.weight))
     return _token_sums(hidden, head, targets, None, chunk)
 
 
@@ -137,6 +134,13 @@ def vocabulary_parallel_cross_entropy(logits: Tensor, targets: Tensor, vocabular
             f"{list(logits.shape)} and targets of {list(targets.shape)}."
         )
     return _CrossEntropy.apply(logits.flatten(0, -2), targets.flatten(), Columns.of(vocabulary, group))
+
+
+def _check_targets(targets: Tensor, vocabulary: int) -> None:
+    if targets.is_cpu:  # a GPU would wait
+        wrong = targets[(targets != IGNORE) & ((targets < 0) | (targets >= vocabulary))]
+        if len(wrong):
+            raise IndexError(f"a target of {int(wrong[0])}, but there are {vocabulary} tokens")
 
 
 def _normaliser(z: Tensor, targets: Tensor, columns: Columns | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:

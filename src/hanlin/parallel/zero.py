@@ -1,6 +1,6 @@
 """ZeRO: the replicas share what plain data parallelism holds once a rank (arXiv:1910.02054).
 
-    stage 1   optimiser   gradients are whole; after the last backward each rank gets the sum of its share
+    stage 1   optimiser   gradients are whole; in the last backward each rank gets the sum of its share
     stage 2   + gradients every backward's gradients leave at once, unit by unit; only the sum of the share stays
     stage 3   + weights   a unit is whole only while it runs, forward and backward; the next one is gathered meanwhile
 
@@ -18,8 +18,8 @@ padded buffer by buffer to a multiple of N:
 A reduce-scatter counts its input, an all-gather its output, each times the itemsize of its buffer; one call a buffer
 and time. A layer whose output needs no gradient (frozen, over frozen ones) is not gathered again for the backward:
 M instead of 2 M. Recomputed layers (`train.recompute`) cost no further gather. Stages 1 and 2 leave frozen parameters
-alone. Under a schedule that makes the gradients of weights apart from backward (zero bubble) M is 1 in the
-reduce-scatters: they leave all together in `finish`.
+alone. A unit that no backward of the step reaches is reduced once. Where a schedule makes the gradients of weights
+apart from backward (zero bubble), stage 2 cannot take them away as they come, and reduces once in `finish`.
 """
 
 from collections.abc import Callable, Generator
@@ -64,7 +64,6 @@ class Zero:
         self._under_way: list[Share] = []
         self._live = False  # inside `last()`
         self._watching = False  # whether the end of the backward that runs will be noticed
-        self._reduced = False  # in this step
         self._held = 0  # how many `whole()` are open
         self._bypassed = any(isinstance(module, RelativeAttention) for module in model.modules())
         self._handles: list[Any] = []
@@ -90,7 +89,7 @@ class Zero:
                 "Parameters were moved or cast after ZeRO had laid them into its buffers. Bring the model to its "
                 "device and dtype first, then make `Zero`."
             )
-        self._watching = self._reduced = False
+        self._watching = False
         self._under_way.clear()
         self._order.reset()
         for unit in self._units:
@@ -116,8 +115,8 @@ class Zero:
     def finish(self) -> None:
         if self.stage == 1:
             self._order.flush()
-        elif not self._reduced or any(p.parameter.grad is not None for s in self._trained for p in s.flat.places):
-            self._reduce(range(len(self._trained)))  # gradients that were written without a backward through hooks
+        else:  # gradients that were written without a backward through hooks
+            self._reduce([n for n, share in enumerate(self._trained) if share.waiting or not share.reduced])
         self._under_way.clear()
         for share in self._trained:
             share.hand_over()
@@ -269,7 +268,7 @@ class Zero:
         self._watching = False
         for unit in [*reversed(self._layers), *self._rest]:
             self._leave(unit)
-            if any(not share.gradients.empty for share in unit.shares):
+            if any(not share.gradients.empty for share in unit.shares):  # of the rest, or of what goes past its layer
                 self._reduce_unit(unit)
 
     def _refuse_state(self, *_: Any) -> None:
@@ -297,14 +296,13 @@ class Zero:
     def _reduce_unit(self, unit: Unit) -> None:
         self._reduce([number for number, share in enumerate(self._trained) if share in unit.shares])
 
-    def _reduce(self, numbers: Any) -> None:
+    def _reduce(self, numbers: list[int]) -> None:
         """Begin the reduce-scatters of these buffers; of all that were begun, at most `OUTSTANDING` stay under way."""
         for number in numbers:
-            self._reduced = True
             share = self._trained[number]
             share.start_reducing()
             self._under_way.append(share)
-            if self.stage > 1 and len(self._under_way) > OUTSTANDING:
+            if len(self._under_way) > OUTSTANDING:
                 self._under_way.pop(0).settle()
 
 

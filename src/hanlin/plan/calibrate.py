@@ -32,9 +32,10 @@ from hanlin.plan.work import Work, open_bench
 COLD = 1 << 25  # bytes that a probe's buffers have together
 SIZES = (1 << 13, 1 << 16, 1 << 19, 1 << 22, 1 << 25)  # bytes of a pass
 SHAPES = (
-    (64, 64, 64), (64, 128, 128), (64, 128, 512), (64, 512, 128), (64, 512, 512), (256, 64, 256), (256, 256, 256), (256, 256, 1024), (256, 1024, 256), (256, 2048, 2048),
-    (1024, 256, 256), (1024, 256, 1024), (1024, 1024, 256), (1024, 1024, 1024), (1024, 512, 8192), (1024, 64, 1024),
-    (4096, 256, 512), (4096, 512, 256), (4096, 64, 64), (512, 8192, 512), (8192, 512, 512),
+    (64, 64, 64), (64, 128, 128), (64, 128, 512), (64, 512, 128), (64, 512, 512), (256, 64, 256), (256, 256, 256),
+    (256, 256, 1024), (256, 1024, 256), (256, 2048, 2048), (1024, 256, 256), (1024, 256, 1024), (1024, 1024, 256),
+    (1024, 1024, 1024), (1024, 512, 8192), (1024, 64, 1024), (4096, 256, 512), (4096, 512, 256), (4096, 64, 64),
+    (512, 8192, 512), (8192, 512, 512),
 )  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Clock = Callable[[], float]
@@ -133,8 +134,8 @@ def _product(kind: str, shape: tuple[int, int, int], dtype: torch.dtype) -> Iter
 
 
 def _new_shape(kind: str, dtype: torch.dtype, clock: Clock) -> float:
-    """Seconds that a product takes longer the first time that it has so many rows: oneDNN makes code for it. The rows of
-    an expert are seldom as many as in the step before (bf16, 512 x 512: 1 to 3 ms, of which the product is 0.3)."""
+    """Seconds that a product takes longer the first time that it has so many rows: oneDNN makes code for it. An expert
+    seldom has as many rows as in the step before (bf16, 512 x 512: 1 to 3 ms, of which the product is 0.3)."""
     x, y = torch.randn(400, 512).to(dtype), torch.randn(400, 512).to(dtype)
     weight = torch.randn(512, 512).to(dtype)
 
@@ -171,7 +172,7 @@ def _passes(dtype: torch.dtype) -> Iterator[tuple[str, int, Iterator[Callable[[]
         yield "transcendental", 2 * bytes_of, cycle([lambda x=x: torch.sigmoid(x) for x in xs])
         yield "softmax", 2 * bytes_of, cycle([lambda x=x: torch.softmax(x, -1) for x in rows])
         yield "reduce", bytes_of, cycle([lambda x=x: x.sum() for x in xs])
-        yield "gather", 2 * bytes_of, cycle([lambda x=x: x.index_select(0, index) for x in rows])
+        yield "gather", 2 * bytes_of, cycle([lambda x=x, i=index: x.index_select(0, i) for x in rows])
         yield from _kernel_passes(rows, bytes_of)
         if dtype == torch.float32:
             yield "adam", 7 * bytes_of, cycle([_adam(x) for x in xs[: max(1, copies // 4)]])
@@ -204,7 +205,15 @@ def _kernel_passes(rows: list[Tensor], size: int) -> Iterator[tuple[str, int, It
 
 
 def _attention(dtype: torch.dtype) -> Iterator[tuple[str, tuple[int, int], Iterator[Callable[[], Any]]]]:
-    for rows, length, heads, width in ((8, 128, 4, 32), (4, 256, 4, 64), (1, 1024, 4, 64), (1, 1024, 2, 128), (2, 512, 8, 32)):
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    for rows, length, heads, width in (
+        (8, 128, 4, 32),
+        (4, 256, 4, 64),
+        (1, 1024, 4, 64),
+        (1, 1024, 2, 128),
+        (2, 512, 8, 32),
+    ):
         q, k, v = (torch.randn(rows, length, heads, width).to(dtype) for _ in range(3))
         pairs = rows * heads * length * (length + 1) // 2
         if train_attention.usable(q):
@@ -217,8 +226,6 @@ def _attention(dtype: torch.dtype) -> Iterator[tuple[str, tuple[int, int], Itera
                     q, k, v, None, s, o, n, o)])  # fmt: skip
         q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
         full = rows * heads * length * length
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         out, sums = flash(q, k, v, 0.0, True)
         yield "attention torch", (full, width), cycle([lambda q=q, k=k, v=v: flash(q, k, v, 0.0, True)])
         yield "attention torch back", (full, width), cycle(
@@ -286,5 +293,3 @@ def _read(row: dict[str, Any]) -> Rates:
         }
 
     return Rates(table("products"), table("passes"), table("attention"), row["overhead"], row["within"], row["about"])
-
-

@@ -29,6 +29,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from hanlin.core.errors import HanlinError
 from hanlin.kernels.library import function
 from hanlin.models.config import ModelConfig
 from hanlin.nn.rope import Rope
@@ -60,9 +61,9 @@ class Fakes(TorchDispatchMode):
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         return super().__enter__()
 
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._warnings.__exit__(*error)
+    def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
+        super().__exit__(exc_type, exc_val, exc_tb)
+        self._warnings.__exit__(exc_type, exc_val, exc_tb)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -156,7 +157,9 @@ def _as_numbers(indices: Any) -> Any:
     """Truth values as the places that are true: how many they are decides a shape, so the real ones are asked."""
     if len(indices) == 1 and isinstance(indices[0], Tensor) and indices[0].dtype == torch.bool:
         if isinstance(indices[0], FakeTensor):
-            raise NotImplementedError("a fake truth value decides a shape")
+            raise HanlinError(
+                "A plan cannot follow this model: a computed truth value decides how many rows there are."
+            )
         return list(indices[0].nonzero().unbind(1))
     return indices
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
 CATEGORIES = ("weights", "gradients", "optimiser", "activations", "loss", "buffers", "communication", "cache")
-OF_STAGE = {"build": "weights", "forward": "activations", "loss": "loss", "backward": "buffers", "optimiser": "buffers"}
+OF_STAGE = {"build": "buffers", "forward": "activations", "loss": "loss", "backward": "buffers", "optimiser": "buffers"}
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ On a CPU torch has no counter of its allocator's peak, but the profiler notes ev
 steps is the peak. On a GPU it is `torch.cuda.max_memory_allocated`.
 """
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ def measured_peak(config: ModelConfig, work: Work, *, device: str = "cpu", steps
     """Run `steps` real optimizer steps and find the most bytes that the allocator held at once."""
     if device != "cpu":
         return _cuda_peak(config, work, torch.device(device), steps)
+    gc.collect()  # what an earlier run left in circles would be given back now, and counted
     with _memory_events() as recorded:
         bench = open_bench(config, work, torch.device(device))
         for _ in range(steps):

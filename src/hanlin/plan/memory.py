@@ -1,9 +1,13 @@
 """How many bytes one optimizer step holds at its fullest moment, by category, on any rank of any layout.
 
-    weights         parameters as they are stored                     loss           logits, their slope, what the head makes
-    gradients       `.grad`                                           buffers        what lives for one operation or layer
-    optimiser       its state                                         communication  what is sent, received or gathered
-    activations     what backward needs, and casts of weights         cache          keys and values (inference)
+    weights         parameters, as they are stored
+    gradients       `.grad`
+    optimiser       its state
+    activations     what backward needs, and casts of weights
+    loss            logits, their slope, and what the head makes of them
+    buffers         what lives for one operation or one layer; batches, tables
+    communication   what is sent, received or gathered
+    cache           keys and values (inference)
 
 One process: the model's own code is run on fake tensors (`plan.fake`) and every byte is followed. Where that would be
 long, or where ranks share the work, the step is put together from the intervals of a short model (`plan.segments`):
@@ -12,7 +16,6 @@ keeps in flight. Both ways agree where both can be gone (tests/plan/test_memory.
 """
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -20,8 +23,8 @@ from hanlin.core.errors import HanlinError
 from hanlin.models.config import AttentionConfig, ExpertsConfig, LayerConfig, ModelConfig
 from hanlin.parallel.settings import Layout
 from hanlin.parallel.tensor import local_config
-from hanlin.plan.ledger import CATEGORIES
-from hanlin.plan.segments import Segments, Sizes, add, cut_step, own_state, planned
+from hanlin.plan.ledger import CATEGORIES, Interval
+from hanlin.plan.segments import Planned, Segments, Sizes, add, cut_step, own_state
 from hanlin.plan.work import Work
 from hanlin.train.choices import Muon
 
@@ -66,14 +69,14 @@ def step_memory(
     if not 0 <= stage < layout.pipeline:
         raise HanlinError(f"Stage {stage} does not exist: the pipeline has {layout.pipeline}.")
     if way == "whole" and shared:
-        raise HanlinError("A whole run knows one process; with a layout `way` is \"layers\".")
+        raise HanlinError('A whole run knows one process; with a layout `way` is "layers".')
     if way == "whole" or (way is None and not shared and len(config.layers) <= SHORT):
         return _whole(config, work, device)
     return _by_layers(config, work, layout, stage, device)
 
 
 def _whole(config: ModelConfig, work: Work, device: str) -> Memory:
-    with planned(config, work, device) as (fakes, bench):
+    with Planned(config, work, device) as (fakes, bench):
         phases: dict[str, int] = {}
         for _ in range(2):  # the optimiser makes its state in the first
             bench.step(fakes.stage)
@@ -111,9 +114,7 @@ def _share(count: int, ranks: int, what: str, axis: str) -> int:
 class _Rank:
     """The step of one rank, interval by interval."""
 
-    def __init__(
-        self, config: ModelConfig, work: Work, layout: Layout, stage: int, segments: Segments
-    ) -> None:
+    def __init__(self, config: ModelConfig, work: Work, layout: Layout, stage: int, segments: Segments) -> None:
         self.config, self.work, self.layout, self.segments = config, work, layout, segments
         self.chunks = [_layers_of(len(config.layers), layout, stage, chunk) for chunk in range(layout.stages_a_rank)]
         stages = layout.pipeline * layout.stages_a_rank
@@ -132,8 +133,6 @@ class _Rank:
         self.held["optimiser"] = sizes.state // (divide if zero != "none" else 1)
         self.held["communication"] = self._communication(sizes)
         self._look("build", 0, Counter())
-        if zero in ("zero1", "zero2"):  # gradients: whole or the share, made as they arrive
-            pass
         backwards = 0
         for action in self._schedule():
             if action == "forward":
@@ -165,7 +164,9 @@ class _Rank:
     def _schedule(self) -> list[str]:
         """Forward and backward passes of whole micro-batches on this rank."""
         batches, layout = self.work.micro_batches, self.layout
-        ahead = {"naive": 1, "gpipe": batches, "1f1b": layout.pipeline - self.stage}.get(layout.schedule, layout.pipeline)
+        ahead = {"naive": 1, "gpipe": batches, "1f1b": layout.pipeline - self.stage}.get(
+            layout.schedule, layout.pipeline
+        )
         ahead = min(batches, 1 if layout.pipeline == 1 else ahead)
         passes = ["forward"] * ahead
         for _ in range(batches - ahead):
@@ -189,7 +190,7 @@ class _Rank:
         if self.first and "embed back" in intervals:
             self._go(intervals["embed back"], "backward")
 
-    def _intervals(self, batch: int) -> dict[str, object]:
+    def _intervals(self, batch: int) -> dict[str, Interval]:
         return self.segments.steps[min(batch, len(self.segments.steps) - 1)]
 
     def _optimiser(self, sizes: Sizes) -> None:
@@ -202,7 +203,7 @@ class _Rank:
         spike["buffers"] += grown
         self._look("optimiser", interval.high + grown, spike)
 
-    def _go(self, interval: object, phase: str) -> None:
+    def _go(self, interval: Interval, phase: str) -> None:
         self._look(phase, interval.high, interval.spike)
         change = Counter(interval.change)
         if self.layout.shard in ("zero2", "zero3"):
@@ -227,7 +228,7 @@ class _Rank:
         if layout.context > 1 and layout.context_kind == "ring":  # the next keys and values, while these are used
             total += 2 * max(tokens * _kv_numbers(layer) * item for layer in self.config.layers)
         if layout.expert > 1:  # tokens out and back
-            total += 2 * max((tokens * _chosen(layer) * self.config.width * item for layer in self.config.layers))
+            total += 2 * max(tokens * _chosen(layer) * self.config.width * item for layer in self.config.layers)
         biggest = max(self.segments.sizes[self._place(index)].weights for index in self._all())
         if layout.shard == "zero3":  # this unit and the next
             total += 2 * biggest

@@ -11,6 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from hanlin.core.errors import HanlinError
 from hanlin.models.config import ModelConfig
@@ -98,7 +99,7 @@ def _between(points: Sequence[tuple[int, float]], size: int) -> float:
     """Seconds at a size: on the line between the two measured beside it; outside, in proportion to the border's."""
     if size <= points[0][0]:
         return points[0][1]
-    for (low, before), (high, after) in zip(points, points[1:], strict=False):
+    for (low, before), (high, after) in pairwise(points):
         if size <= high:
             share = (size - low) / (high - low)
             return before + share * (after - before)

@@ -35,9 +35,7 @@ class Sizes:
     state: int
 
     def __add__(self, other: "Sizes") -> "Sizes":
-        return Sizes(
-            self.weights + other.weights, self.gradients + other.gradients, self.state + other.state
-        )
+        return Sizes(self.weights + other.weights, self.gradients + other.gradients, self.state + other.state)
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ def _run_short(
     config: ModelConfig, work: Work, layers: tuple[LayerConfig, ...], device: str, expert_ranks: int
 ) -> tuple[list[Interval], dict[str, Sizes]]:
     short, part = replace(config, layers=layers), replace(work, micro_batches=min(work.micro_batches, 2))
-    with planned(short, part, device, expert_ranks) as (fakes, bench):
+    with Planned(short, part, device, expert_ranks) as (fakes, bench):
         bench.step(fakes.stage)
         own_state(fakes.ledger, bench)
         sizes = _sizes(bench)
@@ -92,7 +90,7 @@ def _run_short(
     return fakes.ledger.intervals, sizes
 
 
-class planned:
+class Planned:
     """Within it a bench on fake tensors, its ledger told of weights and gradients: -> (fakes, bench)."""
 
     def __init__(

@@ -18,25 +18,22 @@ from torch.utils._pytree import tree_iter
 
 from hanlin.kernels.train_attention import Shape
 from hanlin.models.config import ModelConfig
-from hanlin.plan.segments import own_state, planned
+from hanlin.plan.segments import Planned, own_state
 from hanlin.plan.work import Work
 
-KINDS: dict[str, str] = {  # operation (without overload) -> kind of pass; what is not here is "pointwise"
-    **dict.fromkeys(("zeros", "zeros_like", "new_zeros", "fill_", "zero_", "ones", "full", "ones_like", "full_like"), "fill"),
-    **dict.fromkeys(("clone", "copy_", "_to_copy", "cat", "stack", "repeat_interleave", "_copy_from"), "copy"),
-    **dict.fromkeys(
-        ("exp", "exp_", "sigmoid", "silu", "silu_backward", "gelu", "gelu_backward", "tanh", "tanh_", "log", "cos", "sin",
-         "tanh_backward", "sigmoid_backward", "native_dropout", "bernoulli_", "uniform_"), "transcendental"),
-    **dict.fromkeys(("_softmax", "_softmax_backward_data", "_log_softmax", "logsumexp", "native_layer_norm",
-                     "native_layer_norm_backward"), "softmax"),
-    **dict.fromkeys(("sum", "mean", "amax", "max", "min", "any", "all", "linalg_vector_norm", "_foreach_norm", "aminmax"),
-                    "reduce"),
-    **dict.fromkeys(("embedding", "index_select", "index", "gather", "_embedding_bag", "_embedding_bag_forward_only",
-                     "index_put_", "index_copy_", "index_add_", "scatter_", "scatter_add_", "embedding_dense_backward"),
-                    "gather"),
-    **dict.fromkeys(("sort", "topk", "searchsorted", "cumsum"), "sort"),
-    "_fused_adamw_": "adam",
-}  # fmt: skip
+_OPERATIONS = {  # kind of pass -> operations (without overload); what is not here is "pointwise"
+    "fill": "zeros zeros_like new_zeros fill_ zero_ ones ones_like full full_like",
+    "copy": "clone copy_ _to_copy cat stack repeat_interleave",
+    "transcendental": "exp exp_ log cos sin sigmoid sigmoid_backward silu silu_backward gelu gelu_backward tanh tanh_ "
+    "tanh_backward native_dropout bernoulli_ uniform_",
+    "softmax": "_softmax _softmax_backward_data _log_softmax logsumexp native_layer_norm native_layer_norm_backward",
+    "reduce": "sum mean amax max min any all aminmax linalg_vector_norm _foreach_norm",
+    "gather": "embedding embedding_dense_backward index index_select gather index_put_ index_copy_ index_add_ scatter_ "
+    "scatter_add_ _embedding_bag _embedding_bag_forward_only",
+    "sort": "sort topk searchsorted cumsum",
+    "adam": "_fused_adamw_",
+}
+KINDS = {operation: kind for kind, names in _OPERATIONS.items() for operation in names.split()}
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_local_scalar_dense", "lift_fresh",
         "_unsafe_view", "detach"}  # fmt: skip
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_mm"}
@@ -90,7 +87,7 @@ class Recorder:
 def trace_step(config: ModelConfig, work: Work) -> Trace:
     """The second optimizer step of this work, counted."""
     recorder = Recorder()
-    with planned(config, work, "cpu", listener=recorder) as (fakes, bench):
+    with Planned(config, work, "cpu", listener=recorder) as (fakes, bench):
         bench.step(fakes.stage)
         own_state(fakes.ledger, bench)
         recorder.counts.clear()
@@ -112,7 +109,7 @@ def key_flops(key: Key) -> float:
 def _product(base: str, args: Any, kwargs: Any) -> list[tuple[Key, int]]:
     a, b = args[1:3] if base in ("addmm", "baddbmm") else args[:2]
     dtype = _dtype(a)
-    kind = f"mm {'t' if a.stride(-1) != 1 and a.shape[-1] > 1 else 'n'}{'t' if b.stride(-1) != 1 and b.shape[-1] > 1 else 'n'}"
+    kind = "mm " + "".join("t" if x.stride(-1) != 1 and x.shape[-1] > 1 else "n" for x in (a, b))
     if base != "_grouped_mm":
         batch = a.shape[0] if a.dim() == 3 else 1
         return [((kind, dtype, (a.shape[-2], a.shape[-1], b.shape[-1])), batch)]
@@ -147,7 +144,7 @@ def _pass(base: str, args: Any, kwargs: Any, out: Any) -> Key:
     if kind == "gather" and made:  # of a table only what is looked at
         small = sum(_bytes(x) for x in read if x is not args[0])
         size = 2 * sum(map(_bytes, made)) + small
-    if base.startswith("_foreach") and base.endswith("_") or base == "_fused_adamw_":
+    if (base.startswith("_foreach") and base.endswith("_")) or base == "_fused_adamw_":
         first = [x for x in args[0] if isinstance(x, Tensor)]
         size = sum(map(_bytes, read)) + sum(map(_bytes, first))
     dtype = _dtype(made[0] if made else read[0] if read else None)
@@ -170,5 +167,3 @@ def _is_view(name: str) -> bool:
     packet = getattr(getattr(torch.ops, namespace), base)
     schema = getattr(packet, overload)._schema
     return any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
-
-

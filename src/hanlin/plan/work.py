@@ -18,9 +18,9 @@ from hanlin.core.errors import HanlinError
 from hanlin.data.batch import Batch, document_positions, next_token_targets
 from hanlin.models.config import ModelConfig
 from hanlin.models.transformer import Transformer
-from hanlin.train.objective import CausalLM, step_loss
 from hanlin.nn.float8 import use_float8
 from hanlin.train.choices import AdamW, OptimizerChoice, Recompute
+from hanlin.train.objective import CausalLM, step_loss
 from hanlin.train.optim import Optimizer, build_optimizer, clip_gradients, gradient_norm
 from hanlin.train.precision import Precision, widen_weights
 from hanlin.train.recompute import recompute_layers
@@ -33,7 +33,7 @@ Stage = Callable[[str], AbstractContextManager[None]]  # "forward", "loss", "bac
 class Lora:
     """What `hanlin.tune.add_lora` is told. weights: dtype of the frozen model."""
 
-    settings: LoraSettings = LoraSettings()
+    settings: LoraSettings = field(default_factory=LoraSettings)
     targets: tuple[str, ...] | str = ("q_proj", "k_proj", "v_proj", "o_proj")
     weights: Literal["fp32", "bf16"] = "fp32"
 
@@ -43,7 +43,8 @@ class Work:
     """What one optimizer step is made of.
 
     rows, length: of one micro-batch, tokens of a row; micro_batches: how many add up to the step; precision: of the
-    activations over fp32 weights; recompute: what backward makes again (`train.recompute`); documents: equally long ones in each row (more than one needs a mask of length x length); clip: limit of the norm.
+    activations over fp32 weights; recompute: what backward makes again (`train.recompute`); documents: equally long
+    ones in each row (more than one needs a mask of length x length); clip: limit of the gradient's norm.
     """
 
     rows: int
@@ -137,8 +138,8 @@ def open_bench(
     parts = [make_batch(config, work, number) for number in range(work.micro_batches)]
     objective = CausalLM(ahead=config.predict_ahead)
     totals: dict[str, float] = {}
-    for part in parts:
-        for name, count in objective.count(part).items():
+    for batch in parts:
+        for name, count in objective.count(batch).items():
             totals[name] = totals.get(name, 0.0) + count
     return Bench(work, model, optimizer, objective, parts, totals, device)
 

@@ -1,6 +1,6 @@
 """What an operation takes on a CPU besides what it gives back, for as long as it runs. Found by running one alone.
 
-    bf16 product (m, k) (k, n)   oneDNN copies a block of the right matrix, 2 k n bytes with k <= 2048 and n <= 1024
+bf16 product (m, k) (k, n)   oneDNN copies a block of the right matrix, 2 k n bytes with k <= 2048 and n <= 1024
 """
 
 from typing import Any

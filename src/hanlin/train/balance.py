@@ -61,7 +61,7 @@ class Balance:
     @property
     def needed(self) -> bool:
         """Whether the model has experts at all."""
-        return bool(self.routers)
+        return self.layers > 0
 
     def terms(self, notes: Sequence[Routing], real: Tensor, first: int = 0) -> list[tuple[Tensor, str]]:
         """Count what `notes` chose, and give the (sum, denominator) terms of this micro-batch.

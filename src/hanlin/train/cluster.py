@@ -70,7 +70,7 @@ class Cluster:
         if layout.pipeline > 1:
             self.pipeline = Pipeline(
                 model, mesh.group("pipeline"), schedule=layout.schedule, chunks=layout.chunks, device=self.device,
-                tokens=(lambda length: length // layout.tensor) if layout.sequence else None,
+                tokens=model.part.tokens.count if model.part is not None and model.part.tokens is not None else None,
             )  # fmt: skip
             model.score_elsewhere = self._score
         if layout.context > 1:

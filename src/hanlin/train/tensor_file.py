@@ -2,19 +2,26 @@
 `OSError`.
 
     8 bytes little-endian header length · the header as JSON, padded to 8 bytes · the tensors' bytes, one after another
+
+Pieces go to the disk past the cache of the system (`O_DIRECT`) where the file system can: that cache costs a training
+its memory and its processors, 0.1 s instead of 0.4 to 1.4 s a GB here, and nobody reads the file soon.
 """
 
+import errno
 import hashlib
 import json
+import mmap
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-PIECE = 1 << 22  # bytes hashed and written at a time: what was hashed is still in the cache when it is written
+PIECE = 1 << 22  # bytes hashed and written at a time; they stay in the processor's cache between the two
+BLOCK = 4096  # what a disk is written in
 SAFETENSORS_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
@@ -38,18 +45,70 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -
         offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with Path(path).open("wb", buffering=0) as stream:
-
-        def put(data: memoryview) -> None:
-            for start in range(0, len(data), PIECE):
-                piece = data[start : start + PIECE]
-                digest.update(piece)
-                while piece:  # an unbuffered write may take a part only
-                    piece = piece[stream.write(piece) or 0 :]
-
-        put(memoryview(len(text).to_bytes(8, "little") + text))
+    with _HashedFile(Path(path)) as file:
+        file.put(np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8))
         for tensor in tensors.values():
-            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            put(memoryview(data))
-    return digest.hexdigest()
+            file.put(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return file.finish()
+
+
+class _HashedFile:
+    """A file that is written once from front to end, through one aligned piece of memory."""
+
+    def __init__(self, path: Path) -> None:
+        self._piece = mmap.mmap(-1, PIECE)  # pages of its own: aligned, as O_DIRECT wants it
+        self._numbers = np.frombuffer(self._piece, np.uint8)
+        self._held, self._size = 0, 0
+        self._digest = hashlib.sha256()
+        self._path, self._flags = path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
+        try:
+            self._file = os.open(path, self._flags | getattr(os, "O_DIRECT", 0), 0o666)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self._file = os.open(path, self._flags, 0o666)  # a file system without
+
+    def __enter__(self) -> "_HashedFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
+
+    def put(self, data: np.ndarray) -> None:
+        """Append bytes, (n,) uint8."""
+        at = 0
+        while at < len(data):
+            count = min(PIECE - self._held, len(data) - at)
+            self._numbers[self._held : self._held + count] = data[at : at + count]  # numpy leaves Python's lock here
+            self._held, at = self._held + count, at + count
+            if self._held == PIECE:
+                self._write()
+
+    def finish(self) -> str:
+        """Write what is left; the SHA-256 of all."""
+        if self._held:
+            self._write()
+        return self._digest.hexdigest()
+
+    def _write(self) -> None:
+        held, self._held = self._held, 0
+        self._digest.update(memoryview(self._piece)[:held])
+        padded = -(-held // BLOCK) * BLOCK
+        self._numbers[held:padded] = 0
+        try:
+            self._write_all(padded)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            os.close(self._file)  # opened past the cache, yet not written
+            self._file = os.open(self._path, self._flags & ~os.O_TRUNC)
+            os.lseek(self._file, self._size, os.SEEK_SET)
+            self._write_all(padded)
+        self._size += held
+        if padded != held:
+            os.ftruncate(self._file, self._size)
+
+    def _write_all(self, count: int) -> None:
+        view, at = memoryview(self._piece), 0
+        while at < count:
+            at += os.write(self._file, view[at:count])

@@ -244,4 +244,5 @@ def _is_meant(name: str, target: str) -> bool:
 def _factor(width: int, out: int, device: torch.device, dtype: torch.dtype) -> nn.Linear:
     """Torch's own `Linear`, without values: `nn.frozen` shall leave it alone."""
     factor = nn.Linear(width, out, bias=False, device="meta", dtype=dtype)
-    return factor.to_empty(device=device)
+    factor.weight = nn.Parameter(torch.empty(out, width, device=device, dtype=dtype))
+    return factor
