@@ -25,6 +25,9 @@ class Blocker:
         if name.split(".")[0] in self.blocked:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Blocker())
+import importlib.util
+look = importlib.util.find_spec  # of what is not installed it says None; torch asks so for many packages
+importlib.util.find_spec = lambda name, *rest: None if name.split(".")[0] in Blocker.blocked else look(name, *rest)
 """
 
 

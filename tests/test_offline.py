@@ -184,6 +184,9 @@ def test_shards_a_preview_and_both_kinds_of_training(offline):
     offline.hanlin("data", "preview", "sft.yaml")
     offline.hanlin("train", "sft.yaml")
     assert (offline.folder / "runs" / "sft" / "model" / "config.json").exists()
+    offline.hanlin("runs", "list")
+    offline.hanlin("plan", "pretrain.yaml")
+    offline.hanlin("scaling", "--help")
     assert offline.calls == []
 
 

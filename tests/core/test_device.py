@@ -33,8 +33,9 @@ def test_precision_says_or_measures():
     assert choose_dtype("fp32", cpu) == torch.float32
     assert choose_dtype("bf16", cpu) == torch.bfloat16
     assert choose_dtype("auto", cpu) == (torch.bfloat16 if cpu_speedup_of_bf16() >= 1.15 else torch.float32)
-    with pytest.raises(HanlinError, match="`fp8`"):
-        choose_dtype("fp8", cpu)
+    assert (choose_dtype("fp16", cpu), choose_dtype("fp8", cpu)) == (torch.float16, torch.bfloat16)
+    with pytest.raises(HanlinError, match="`fp4`"):
+        choose_dtype("fp4", cpu)
 
 
 def test_the_measurement_is_made_once():

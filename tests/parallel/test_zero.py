@@ -112,9 +112,10 @@ def test_a_backward_that_leaves_weights_for_later_is_refused_by_zero3_alone(foun
 
 
 def test_each_stage_holds_less_than_the_one_before(tmp_path):
-    """4 ranks, Adam, two micro-batches, W bytes of weights. Between steps plain data parallelism holds 4 W, stages 1 and
-    2 W + 3/4 W, stage 3 a quarter of 4 W (all within 10 %). The peaks fall by at least 1 W (optimiser), 0.3 W (whole
-    gradients from one backward to the next) and 0.4 W (weights, but for the units at work), together by 2.2 W."""
+    """4 ranks, Adam, two micro-batches, W bytes of weights. Between steps plain data parallelism holds 4 W, stages 1
+    and 2 hold 2 W + 3/4 W, stage 3 a quarter of 4 W (all within 10 %). The peaks fall by at least 1 W (optimiser),
+    0.3 W (whole gradients from one backward to the next) and 0.4 W (weights, but for the units at work), together by
+    2.2 W."""
     memory = in_processes(tmp_path, 4, [checks.memory], ("data", *ZEROS))["memory"]
     for mine in memory:
         print(mine)

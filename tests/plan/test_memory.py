@@ -106,6 +106,7 @@ def test_put_together_from_layers_is_the_whole(name: str) -> None:
     config = replace(config, layers=config.layers[:1] * 5)
     whole, layers = (step_memory(config, work, way=way) for way in ("whole", "layers"))
     assert layers.peak == pytest.approx(whole.peak, rel=0.01)
+    assert layers.phases["backward"] == pytest.approx(whole.phases["backward"], rel=0.01)
 
 
 def test_two_kinds_of_layers_in_any_order() -> None:
@@ -155,6 +156,14 @@ def test_experts_are_divided_and_their_router_is_not() -> None:
     mine = step_memory(config, work, Layout(data=2, expert=2)).parts["weights"]
     experts = 2 * 4 * 3 * 256 * 128 * 4  # layers, experts, matrices, bytes
     assert alone - mine == experts // 2
+
+
+def test_zero_divides_an_expert_by_those_who_hold_it() -> None:
+    config, work = dense(feed_forward=MOE), Work(2, 128, precision="fp32")
+    alone = step_memory(config, work, way="layers").parts["weights"]
+    mine = step_memory(config, work, Layout(data=4, expert=2, shard="zero3")).parts["weights"]
+    experts = 2 * 4 * 3 * 256 * 128 * 4
+    assert mine == (alone - experts) // 4 + experts // 2 // 2
 
 
 def test_the_first_of_a_pipeline_keeps_the_most_micro_batches() -> None:

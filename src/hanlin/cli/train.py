@@ -20,6 +20,7 @@ def main(argv: list[str]) -> None:
             "hanlin train recipes/pretrain-tiny.yaml --train.steps 200 --name trial",
             "hanlin train recipes/pretrain-tiny.yaml --nproc 4 --parallel.tensor 2",
             "hanlin train recipes/pretrain-tiny.yaml --find-lr",
+            "hanlin train recipes/sft-tiny.yaml --quiet",
             "torchrun --nnodes 2 --nproc-per-node 8 ... -m hanlin train recipe.yaml",
         ],
     )

@@ -71,12 +71,22 @@ def swiglu_twin(gate_up: Tensor) -> Tensor:
 
 def kernel(name: str, x: Tensor, *others: Tensor) -> Callable[..., None] | None:
     """None for what has no address: other devices, subclasses (sharded, fake), a graph being traced; and where the
-    others are not like x."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu:
+    others are not like x. A planner's fake tensors bring what stands for the kernel (`plan.fake`)."""
+    if torch.compiler.is_compiling() or not x.is_cpu or not all(map(addressed, (x, *others))):
         return None
-    if any(type(other) is not Tensor or other.dtype != x.dtype for other in others):
+    if any(other.dtype != x.dtype for other in others):
         return None
-    return function(name, x.dtype)
+    planned = _planned(x)
+    return function(name, x.dtype) if planned is None else planned(name, x)
+
+
+def addressed(x: Tensor) -> bool:
+    """Whether its numbers lie at one address, or it stands for such a tensor in a plan."""
+    return type(x) is Tensor or _planned(x) is not None
+
+
+def _planned(x: Tensor) -> Callable[..., Callable[..., None] | None] | None:
+    return getattr(getattr(x, "fake_mode", None), "planned_kernel", None)
 
 
 def groups_of_rows(x: Tensor, width: int) -> tuple[int, int, int] | None:

@@ -9,7 +9,7 @@ depend on the number of threads.
 import torch
 from torch import Tensor
 
-from hanlin.kernels.rows import groups_of_rows, kernel
+from hanlin.kernels.rows import addressed, groups_of_rows, kernel
 
 
 def swiglu(gate_up: Tensor) -> Tensor | None:
@@ -43,7 +43,7 @@ def norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor] 
     """w * x / sqrt(mean(x^2) + eps) and 1 / that root: x (..., width), weight (width,) of any dtype, or None for 1 ->
     like x, fp32 (..., 1)."""
     run = kernel("train_norm", x)
-    if run is None or (weight is not None and type(weight.data) is not Tensor):
+    if run is None or (weight is not None and not addressed(weight.data)):
         return None
     width = x.shape[-1]
     if (groups := groups_of_rows(x, width)) is None:

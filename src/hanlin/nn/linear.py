@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hanlin.kernels.rows import addressed
+
 
 class Linear(nn.Linear):
     """`x W^T + b` with W and b cast to the dtype of x (`input`). product: a faster form of it (`nn.frozen`); branch: of
@@ -138,9 +140,11 @@ class _Join(torch.autograd.Function):
 
 
 def _are_views(buffer: Tensor, parameters: Sequence[Tensor]) -> bool:
-    address = buffer.data_ptr()
+    storage, offset = buffer.untyped_storage()._cdata, buffer.storage_offset()
     for p in parameters:
-        if type(p.data) is not Tensor or p.data_ptr() != address or p.dtype != buffer.dtype:
+        if not addressed(p.data) or p.dtype != buffer.dtype:
             return False
-        address += p.numel() * p.element_size()
+        if p.untyped_storage()._cdata != storage or p.storage_offset() != offset:
+            return False
+        offset += p.numel()
     return True

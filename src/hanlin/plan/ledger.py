@@ -120,12 +120,12 @@ class Ledger:
 
     def _look(self, more: int) -> None:
         now = self.total + more
+        self.phase_peaks[self.stage] = max(now, self.phase_peaks.get(self.stage, 0))
         if now <= self._top and now <= self.peak:
             return
         held = Counter(self.held)
         held["buffers"] += more
         if now > self._top:
             self._top, self._top_by = now, held
-        self.phase_peaks[self.stage] = max(now, self.phase_peaks.get(self.stage, 0))
         if now > self.peak:
             self.peak, self.peak_by, self.peak_stage = now, held, self.stage

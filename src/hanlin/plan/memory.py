@@ -16,6 +16,7 @@ keeps in flight. Both ways agree where both can be gone (tests/plan/test_memory.
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -24,9 +25,11 @@ from hanlin.models.config import AttentionConfig, ExpertsConfig, LayerConfig, Mo
 from hanlin.parallel.settings import Layout
 from hanlin.parallel.tensor import local_config
 from hanlin.plan.ledger import CATEGORIES, Interval
+from hanlin.plan.muon_bytes import muon_high
 from hanlin.plan.segments import Planned, Segments, Sizes, add, cut_step, own_state
 from hanlin.plan.work import Work
 from hanlin.train.choices import Muon
+from hanlin.train.precision import Precision
 
 SHORT = 8  # layers up to which the whole model is run
 BUCKET = 1 << 24  # gradient numbers of one collective (`train.ranks`)
@@ -126,11 +129,10 @@ class _Rank:
         self.phases: dict[str, int] = {}
 
     def memory(self, device: str) -> Memory:
-        sizes = self._sizes()
-        divide = self.replicas
-        zero = self.layout.shard
-        self.held["weights"] = sizes.weights // (divide if zero == "zero3" else 1)
-        self.held["optimiser"] = sizes.state // (divide if zero != "none" else 1)
+        common, experts = self._common(), self._experts(self._all())
+        sizes, zero = common + experts, self.layout.shard
+        self.held["weights"] = self._divided(common.weights, experts.weights) if zero == "zero3" else sizes.weights
+        self.held["optimiser"] = sizes.state if zero == "none" else self._divided(common.state, experts.state)
         self.held["communication"] = self._communication(sizes)
         self._look("build", 0, Counter())
         backwards = 0
@@ -140,10 +142,17 @@ class _Rank:
             else:
                 self._backward(min(backwards, 1))
                 backwards += 1
-        self._optimiser(sizes)
+        self._optimiser(sizes, device)
         return _finished(self.peak_by, self.moment, "layers", self.phases, device)
 
-    def _sizes(self) -> Sizes:
+    def _divided(self, common: int, experts: int) -> int:
+        """Shares of ZeRO: an expert is on fewer ranks, so each of them keeps more of it."""
+        return common // self.replicas + experts // (self.replicas // self.layout.expert)
+
+    def _experts(self, layers: Iterable[int]) -> Sizes:
+        return sum((self.segments.sizes[f"experts {self._place(index)}"] for index in layers), Sizes(0, 0, 0))
+
+    def _common(self) -> Sizes:
         total = Sizes(0, 0, 0)
         for index in self._all():
             total = total + self.segments.sizes[self._place(index)]
@@ -186,28 +195,29 @@ class _Rank:
             self._go(intervals["head"], "loss")
             self._go(intervals["head back"], "backward")
         for index in reversed(self._all()):
-            self._go(intervals[f"back {self._place(index)}"], "backward")
+            self._go(intervals[f"back {self._place(index)}"], "backward", index)
         if self.first and "embed back" in intervals:
             self._go(intervals["embed back"], "backward")
 
     def _intervals(self, batch: int) -> dict[str, Interval]:
         return self.segments.steps[min(batch, len(self.segments.steps) - 1)]
 
-    def _optimiser(self, sizes: Sizes) -> None:
-        interval = self.segments.optimiser
-        layers = sum(self.segments.sizes[self._place(index)].gradients for index in self._all())
-        choice = self.work.optimizer
-        together = isinstance(choice, Muon) and (choice.nesterov or choice.state_bits == 8)
-        grown = layers - self.segments.counted if together else 0  # the updates of all matrices
-        spike = Counter(interval.spike)
-        spike["buffers"] += grown
-        self._look("optimiser", interval.high + grown, spike)
+    def _optimiser(self, sizes: Sizes, device: str) -> None:
+        interval, choice = self.segments.optimiser, self.work.optimizer
+        high, spike = interval.high, Counter(interval.spike)
+        if isinstance(choice, Muon):
+            ranks = 1 if self.layout.shard == "none" else self.replicas
+            dtype = Precision(self.work.precision).products
+            high = muon_high(sizes.matrices, choice, dtype, device=device, ranks=ranks)
+            spike = Counter(buffers=high)
+        self._look("optimiser", high, spike)
 
-    def _go(self, interval: Interval, phase: str) -> None:
+    def _go(self, interval: Interval, phase: str, layer: int | None = None) -> None:
         self._look(phase, interval.high, interval.spike)
         change = Counter(interval.change)
-        if self.layout.shard in ("zero2", "zero3"):
-            change["gradients"] //= self.replicas
+        if self.layout.shard in ("zero2", "zero3") and change["gradients"]:
+            experts = 0 if layer is None else min(change["gradients"], self._experts([layer]).gradients)
+            change["gradients"] = self._divided(change["gradients"] - experts, experts)
         add(self.held, change)
 
     def _look(self, phase: str, high: int, spike: Counter[str]) -> None:
@@ -229,7 +239,9 @@ class _Rank:
             total += 2 * max(tokens * _kv_numbers(layer) * item for layer in self.config.layers)
         if layout.expert > 1:  # tokens out and back
             total += 2 * max(tokens * _chosen(layer) * self.config.width * item for layer in self.config.layers)
-        biggest = max(self.segments.sizes[self._place(index)].weights for index in self._all())
+        biggest = max(
+            (self.segments.sizes[self._place(index)] + self._experts([index])).weights for index in self._all()
+        )
         if layout.shard == "zero3":  # this unit and the next
             total += 2 * biggest
         if self.replicas > 1 and sizes.gradients:

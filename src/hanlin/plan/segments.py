@@ -21,32 +21,35 @@ from hanlin.nn.experts import Experts
 from hanlin.plan.fake import Fakes, warm_tables
 from hanlin.plan.ledger import Interval, Ledger
 from hanlin.plan.work import Bench, Work, open_bench
-from hanlin.train.choices import Muon
+from hanlin.train.muon import Muon
 
 ROUNDS = 3
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes that stay through the whole step. state: of the optimiser."""
+    """Bytes that stay through the whole step. state: of the optimiser; matrices: shapes of what Muon moves."""
 
     weights: int
     gradients: int
     state: int
+    matrices: tuple[tuple[int, ...], ...] = ()
 
     def __add__(self, other: "Sizes") -> "Sizes":
-        return Sizes(self.weights + other.weights, self.gradients + other.gradients, self.state + other.state)
+        return Sizes(
+            self.weights + other.weights, self.gradients + other.gradients, self.state + other.state,
+            self.matrices + other.matrices,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Segments:
     """steps[m][name]: the intervals of micro-batch m (0: gradients arrive, 1: they are added to); optimiser: the last
-    one, of a model whose layers have `counted` bytes of gradients. layers: what the short model has. sizes: of each
-    layer, and of "embed" and "head" (0 where it is the embedding)."""
+    one. layers: what the short model has. sizes: of each layer without its experts, of its "experts 0", and of "embed"
+    and "head" (0 where it is the embedding)."""
 
     steps: tuple[dict[str, Interval], ...]
     optimiser: Interval
-    counted: int
     layers: tuple[LayerConfig, ...]
     sizes: dict[str, Sizes]
 
@@ -62,18 +65,13 @@ def cut_step(config: ModelConfig, work: Work, *, device: str = "cpu", expert_ran
     """Run the second step of the short model: then the optimiser's state is there."""
     kinds = tuple(dict.fromkeys(config.layers))
     intervals, sizes = _run_short(config, work, kinds * ROUNDS, device, expert_ranks)
-    optimiser, counted = intervals[-1], sizes
-    if isinstance(work.optimizer, Muon):  # its stacks are full in a longer model
-        more, counted = _run_short(config, work, kinds * ROUNDS * 2, device, expert_ranks)
-        optimiser = more[-1]
     steps: list[dict[str, Interval]] = []
     for interval in intervals[:-1]:
         if interval.name == "between":
             steps.append({})
         else:
             steps[-1][interval.name] = interval
-    held = sum(size.gradients for name, size in counted.items() if name.isdigit())
-    return Segments(tuple(steps), optimiser, held, kinds * ROUNDS, sizes)
+    return Segments(tuple(steps), intervals[-1], kinds * ROUNDS, sizes)
 
 
 def _run_short(
@@ -136,6 +134,7 @@ def _sizes(bench: Bench) -> dict[str, Sizes]:
 
     def measure(parameters: Any) -> Sizes:
         weights = gradients = state = 0
+        matrices: list[tuple[int, ...]] = []
         for p in parameters:
             if id(p) in seen:
                 continue
@@ -144,9 +143,13 @@ def _sizes(bench: Bench) -> dict[str, Sizes]:
             gradients += p.numel() * p.element_size() if p.requires_grad else 0
             for part in bench.optimizer.parts:
                 state += sum(t.numel() * t.element_size() for t in part.state.get(p, {}).values())
-        return Sizes(weights, gradients, state)
+                if isinstance(part, Muon) and p in part.state:
+                    matrices.append(tuple(p.shape))
+        return Sizes(weights, gradients, state, tuple(matrices))
 
     for index, layer in enumerate(model.model.layers):
+        experts = [module for module in layer.modules() if isinstance(module, Experts)]
+        found[f"experts {index}"] = measure(p for module in experts for p in module.parameters())
         found[str(index)] = measure(layer.parameters())
     found["embed"] = measure(model.model.embed_tokens.parameters())
     found["head"] = measure(model.parameters())

@@ -9,7 +9,7 @@ losses are added up and never averaged. Without a process group everything here 
 
 from collections.abc import Generator, Iterable, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,6 @@ from hanlin.parallel.context import ContextParallel
 from hanlin.parallel.data import DataParallel
 from hanlin.parallel.expert import expert_cut, expert_parameters, split_experts
 from hanlin.parallel.mesh import Mesh
-from hanlin.parallel.pipeline import Pipeline
 from hanlin.parallel.replication import Replication
 from hanlin.parallel.settings import Layout
 from hanlin.parallel.tensor import copies, cut_of, shard
@@ -32,6 +31,9 @@ from hanlin.train.optim import parameter_kinds
 from hanlin.train.saving import Laid, model_tensors, tensor_cuts
 from hanlin.train.sharded import Share
 from hanlin.train.token_loss import token_loss
+
+if TYPE_CHECKING:
+    from hanlin.parallel.pipeline import Pipeline
 
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 
@@ -68,6 +70,8 @@ class Cluster:
         if layout.expert > 1:
             split_experts(model, mesh.group("expert"))
         if layout.pipeline > 1:
+            from hanlin.parallel.pipeline import Pipeline  # three seconds of imports that nobody else needs
+
             self.pipeline = Pipeline(
                 model, mesh.group("pipeline"), schedule=layout.schedule, chunks=layout.chunks, device=self.device,
                 tokens=model.part.tokens.count if model.part is not None and model.part.tokens is not None else None,

@@ -45,8 +45,7 @@ class Trackio:
 
     def __init__(self, run: Run, resume_step: int | None, online: bool) -> None:
         os.environ["TRACKIO_DIR"] = str((run.path / "trackio").absolute())  # read when it is imported
-        require("trackio", "trackio")
-        import trackio
+        trackio: Any = require("trackio", "trackio")
 
         space = _where("TRACKIO_SPACE_ID") if online else None
         self._run = trackio.init(
@@ -66,8 +65,7 @@ class Wandb:
     """W&B's files in RUN/wandb (extra `wandb`; `wandb sync RUN/wandb/offline-run-...` sends them later)."""
 
     def __init__(self, run: Run, resume_step: int | None, online: bool) -> None:
-        require("wandb", "wandb")
-        import wandb
+        wandb: Any = require("wandb", "wandb")
 
         self._run = wandb.init(
             project="hanlin", name=run.path.name, dir=str(run.path), mode="online" if online else "offline",
@@ -85,15 +83,14 @@ class Mlflow:
     """MLflow's files in RUN/mlruns (extra `mlflow`; `mlflow ui --backend-store-uri RUN/mlruns`)."""
 
     def __init__(self, run: Run, resume_step: int | None, online: bool) -> None:
-        require("mlflow", "mlflow")
-        from mlflow import MlflowClient
+        mlflow: Any = require("mlflow", "mlflow")
 
         if online:
             store = _where("MLFLOW_TRACKING_URI")
         else:
             store = (run.path / "mlruns").absolute().as_uri()
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # it prefers a database
-        self._client = MlflowClient(tracking_uri=store)
+        self._client = mlflow.MlflowClient(tracking_uri=store)
         found = self._client.get_experiment_by_name("hanlin")
         experiment = found.experiment_id if found else self._client.create_experiment("hanlin")
         self._id = self._client.create_run(experiment, run_name=run.path.name).info.run_id
