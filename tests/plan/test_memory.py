@@ -52,6 +52,8 @@ STEPS: dict[str, tuple[ModelConfig, Work]] = {
     "tied": (dense(tied_embeddings=True), Work(2, 128, precision="fp32")),
     "accumulation": (dense(), Work(1, 128, 4, precision="fp32")),
     "recompute": (dense(4), Work(2, 256, precision="fp32", recompute=Recompute(kind="full"))),
+    "recompute every 2nd": (
+        dense(4), Work(2, 256, precision="fp32", recompute=Recompute(kind="layers", every=2))),
     "recompute operators": (dense(4), Work(2, 256, precision="fp32", recompute=Recompute(kind="operators"))),
     "lora": (dense(), Work(2, 256, precision="fp32", lora=Lora(LoraSettings(4), "all"))),
     "lora, bf16 weights": (dense(), Work(2, 256, lora=Lora(LoraSettings(4, dropout=0.1), weights="bf16"))),
@@ -99,7 +101,7 @@ def test_predicted_peak_is_the_allocators(name: str, measured: dict[str, int]) -
 
 
 @pytest.mark.parametrize("name", [
-    "bf16", "accumulation", "recompute", "lora", "packed", "experts, recompute", "latent, two tokens ahead", "muon",
+    "bf16", "accumulation", "recompute", "recompute every 2nd", "lora", "packed", "experts, recompute", "latent, two tokens ahead", "muon",
 ])  # fmt: skip
 def test_put_together_from_layers_is_the_whole(name: str) -> None:
     config, work = STEPS[name]

@@ -2,9 +2,9 @@
 
     embed | forward 0 | forward 1 | … | head ‖ head back | … | back 1 | back 0 | embed back     one micro-batch
 
-Layers with equal `LayerConfig` are alike, so a model of any depth is put together from three rounds of its kinds: the
-first round also makes what layers share (rotary tables, masks), the last one stands before the head, the middle one is
-every other layer.
+Layers with equal `LayerConfig` are alike (every n-th of them, where only every n-th is recomputed), so a model of any
+depth is put together from three rounds of its kinds: the first round also makes what layers share (rotary tables,
+masks), the last one stands before the head, the middle one is every other layer.
 """
 
 from collections import Counter
@@ -52,18 +52,21 @@ class Segments:
     optimiser: Interval
     layers: tuple[LayerConfig, ...]
     sizes: dict[str, Sizes]
+    period: int
 
     def place(self, index: int, layers: Sequence[LayerConfig]) -> str:
         """Which layer of the short model stands for layer `index` of a model with these layers."""
-        kinds = len(self.layers) // ROUNDS
-        kind = self.layers[:kinds].index(layers[index])
-        turn = 0 if layers[index] not in layers[:index] else ROUNDS - 1 if index == len(layers) - 1 else 1
+        kinds, phase = len(self.layers) // ROUNDS, index % self.period
+        kind = self.layers[:kinds].index(layers[index]) + phase
+        first = layers[index] not in layers[phase : index : self.period]
+        turn = 0 if first else ROUNDS - 1 if index == len(layers) - 1 else 1
         return str(turn * kinds + kind)
 
 
 def cut_step(config: ModelConfig, work: Work, *, device: str = "cpu", expert_ranks: int = 1) -> Segments:
     """Run the second step of the short model: then the optimiser's state is there."""
-    kinds = tuple(dict.fromkeys(config.layers))
+    period = (work.recompute.every or 2) if work.recompute.kind == "layers" else 1
+    kinds = tuple(kind for kind in dict.fromkeys(config.layers) for _ in range(period))
     intervals, sizes = _run_short(config, work, kinds * ROUNDS, device, expert_ranks)
     steps: list[dict[str, Interval]] = []
     for interval in intervals[:-1]:
@@ -71,7 +74,7 @@ def cut_step(config: ModelConfig, work: Work, *, device: str = "cpu", expert_ran
             steps.append({})
         else:
             steps[-1][interval.name] = interval
-    return Segments(tuple(steps), intervals[-1], kinds * ROUNDS, sizes)
+    return Segments(tuple(steps), intervals[-1], kinds * ROUNDS, sizes, period)
 
 
 def _run_short(
