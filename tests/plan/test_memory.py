@@ -101,7 +101,8 @@ def test_predicted_peak_is_the_allocators(name: str, measured: dict[str, int]) -
 
 
 @pytest.mark.parametrize("name", [
-    "bf16", "accumulation", "recompute", "recompute every 2nd", "lora", "packed", "experts, recompute", "latent, two tokens ahead", "muon",
+    "bf16", "accumulation", "recompute", "recompute every 2nd", "lora", "packed", "experts, recompute",
+    "latent, two tokens ahead", "muon",
 ])  # fmt: skip
 def test_put_together_from_layers_is_the_whole(name: str) -> None:
     config, work = STEPS[name]
@@ -168,6 +169,31 @@ def test_zero_divides_an_expert_by_those_who_hold_it() -> None:
     assert mine == (alone - experts) // 4 + experts // 2 // 2
 
 
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("config", [dense(), LATENT], ids=["grouped", "latent"])
+def test_a_gpu_never_writes_all_scores_down(config: ModelConfig, recompute: Any) -> None:
+    """Twice the tokens take at most twice the bytes."""
+    short, long = (
+        step_memory(config, Work(1, n, recompute=Recompute(kind=recompute)), device="cuda").phases["backward"]
+        for n in (2048, 4096)
+    )
+    assert long < 2 * short
+
+
+def test_travelling_rows_and_shares_of_a_row() -> None:
+    """4 layers of 2 chosen experts: a row that travels is kept twice; tensor ranks keep what norms read whole, unless
+    sequence parallelism gives each its half: what is read by 2 norms a layer."""
+    config, work = dense(4, feed_forward=MOE), Work(2, 128, precision="fp32")
+    state = 2 * 128 * 256 * 4
+
+    def kept(layout: Layout) -> int:
+        return step_memory(config, work, layout).parts["activations"]
+
+    assert kept(Layout(data=2, expert=2)) - kept(Layout(data=2, shard="zero1")) >= 4 * 2 * state
+    whole, shared = kept(Layout(data=1, tensor=2)), kept(Layout(data=1, tensor=2, sequence=True))
+    assert whole - shared == 4 * 2 * state // 2
+
+
 def test_the_first_of_a_pipeline_keeps_the_most_micro_batches() -> None:
     config, work = dense(8), Work(1, 128, 8, precision="fp32")
     kept = [step_memory(config, work, Layout(data=1, pipeline=4), stage=s).parts["activations"] for s in range(4)]
@@ -177,7 +203,7 @@ def test_the_first_of_a_pipeline_keeps_the_most_micro_batches() -> None:
 def test_what_does_not_fit_is_refused_by_name() -> None:
     with pytest.raises(HanlinError, match="4 experts cannot be shared equally by the 3 ranks"):
         step_memory(dense(feed_forward=MOE), Work(1, 64), Layout(data=3, expert=3))
-    with pytest.raises(HanlinError, match="3 layers cannot fill the 4 stages"):
+    with pytest.raises(HanlinError, match="3 layers cannot be cut into 4 stages"):
         step_memory(dense(3), Work(1, 64, 4), Layout(data=1, pipeline=4))
     with pytest.raises(HanlinError, match="Stage 2 does not exist"):
         step_memory(dense(), Work(1, 64), Layout(data=1, pipeline=2), stage=2)

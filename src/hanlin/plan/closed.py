@@ -5,7 +5,8 @@
     optimiser    o Phi_rank                   (stages 1, 2, 3), for experts by the replicas that hold the same ones
     casts        2 bytes for each number of a matrix, kept for backward, where 16-bit products read fp32 weights: by
                  each micro-batch in flight
-    activations  of the micro-batches in flight: plan.formulas.layer_activations_modern / tensor / context
+    activations  of the micro-batches in flight: plan.formulas.layer_activations_modern / context, what lies between two
+                 products cut by tensor ranks besides, what a norm reads by sequence ranks
     loss         the logits of a chunk of tokens, their slope, the head's gradient
     buffers      what is gathered for a unit (ZeRO-3), buckets of gradients
 
@@ -131,11 +132,16 @@ def _states(job: Job, layout: Layout, share: Share) -> dict[str, float]:
 
 
 def _activations(job: Job, layout: Layout, share: Share) -> float:
-    """Of one micro-batch through a rank's layers."""
+    """Of one micro-batch through a rank's layers. Whole on every tensor rank: what the products read, and the rows of
+    routed experts: what they give, and what they get where it travels."""
     stored, tokens = job.sizes.stored(job.itemsize), job.length / layout.context * job.micro_batch
     state = tokens * job.config.width * job.itemsize
     cut = layout.tensor if layout.sequence else 1
-    layer = {k: (tokens * stored[k] - 4 * state) / layout.tensor + 4 * state / cut for k in share.kinds}
+    layer = {}
+    for k in share.kinds:
+        rows = state * job.sizes.chosen(k)
+        inner = (tokens * stored[k] - 4 * state - 2 * rows) / layout.tensor
+        layer[k] = inner + 2 * state + 2 * state / cut + (2 if layout.expert > 1 else 1) * rows
     if job.recompute != "full":
         return sum(n * layer[k] for k, n in share.kinds.items())
     again = max(layer.values(), default=0.0) / max(

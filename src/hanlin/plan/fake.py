@@ -15,7 +15,7 @@ Hanlin's CPU kernels are called by address, which fake tensors have not; `Fakes.
 
 import warnings
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from hanlin.core.errors import HanlinError
 from hanlin.kernels.library import function
 from hanlin.models.config import ModelConfig
 from hanlin.nn.rope import Rope
+from hanlin.plan.fused_attention import fused_attention
 from hanlin.plan.ledger import Ledger
 from hanlin.plan.workspace import hidden_bytes
 
@@ -54,16 +55,18 @@ class Fakes(TorchDispatchMode):
         self.device, self.listener = device, listener
         self.ledger = Ledger(granule=512 if device == "cuda" else 1)
         self.fake = _Mode(self)
-        self._warnings = warnings.catch_warnings()
+        self._around = ExitStack()
 
     def __enter__(self) -> "Fakes":
-        self._warnings.__enter__()
+        self._around.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+        if self.device == "cuda":
+            self._around.enter_context(fused_attention())
         return super().__enter__()
 
     def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
         super().__exit__(exc_type, exc_val, exc_tb)
-        self._warnings.__exit__(exc_type, exc_val, exc_tb)
+        self._around.close()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -117,10 +120,6 @@ class _Mode(FakeTensorMode):
     def __init__(self, fakes: Fakes) -> None:
         super().__init__(allow_non_fake_inputs=True)
         self.fakes = fakes
-
-    @property
-    def planned_device(self) -> str:
-        return self.fakes.device
 
     def planned_kernel(self, name: str, x: Tensor) -> Callable[..., None] | None:
         """What is called with the addresses and numbers that the kernel would get; None where there is no kernel."""

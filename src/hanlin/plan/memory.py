@@ -23,10 +23,12 @@ from typing import Literal
 from hanlin.core.errors import HanlinError
 from hanlin.models.config import AttentionConfig, ExpertsConfig, LayerConfig, ModelConfig
 from hanlin.parallel.settings import Layout
+from hanlin.parallel.stages import rank_stages, stage_layers
 from hanlin.parallel.tensor import local_config
 from hanlin.plan.ledger import CATEGORIES, Interval
 from hanlin.plan.muon_bytes import muon_high
 from hanlin.plan.segments import Planned, Segments, Sizes, add, cut_step, own_state
+from hanlin.plan.shares import chosen
 from hanlin.plan.work import Work
 from hanlin.train.choices import Muon
 from hanlin.train.precision import Precision
@@ -119,9 +121,10 @@ class _Rank:
 
     def __init__(self, config: ModelConfig, work: Work, layout: Layout, stage: int, segments: Segments) -> None:
         self.config, self.work, self.layout, self.segments = config, work, layout, segments
-        self.chunks = [_layers_of(len(config.layers), layout, stage, chunk) for chunk in range(layout.stages_a_rank)]
-        stages = layout.pipeline * layout.stages_a_rank
-        self.first, self.last = stage == 0, stage + (layout.stages_a_rank - 1) * layout.pipeline == stages - 1
+        stages = stage_layers(config, layout.pipeline * layout.stages_a_rank)
+        mine = rank_stages(stage, layout.pipeline, layout.schedule, layout.stages_a_rank) if len(stages) > 1 else [0]
+        self.chunks = [stages[number] for number in mine]
+        self.first, self.last = 0 in mine, len(stages) - 1 in mine
         self.stage = stage
         self.replicas = (layout.data or 1) * layout.context
         self.held: Counter[str] = Counter()
@@ -188,6 +191,7 @@ class _Rank:
             self._go(intervals["embed"], "forward")
         for index in self._all():
             self._go(intervals[f"forward {self._place(index)}"], "forward")
+            self.held["activations"] += self._laid(index)
 
     def _backward(self, batch: int) -> None:
         intervals = self._intervals(batch)
@@ -196,8 +200,19 @@ class _Rank:
             self._go(intervals["head back"], "backward")
         for index in reversed(self._all()):
             self._go(intervals[f"back {self._place(index)}"], "backward", index)
+            self.held["activations"] -= self._laid(index)
         if self.first and "embed back" in intervals:
             self._go(intervals["embed back"], "backward")
+
+    def _laid(self, index: int) -> int:
+        """Activations that a layer keeps more than the short model's, whose tokens do not travel: what each norm reads
+        is a share of the row (sequence parallelism), rows for experts are kept as they arrive and as they come back."""
+        again = self.work.recompute.kind == "full"
+        state = self.work.rows * self.work.length * self.config.width * self.work.itemsize
+        more = 0 if again or self.layout.expert == 1 else chosen(self.config.layers[index]) * state
+        if self.layout.sequence:
+            more -= (1 if again else 2) * (state - state // self.layout.tensor)
+        return more
 
     def _intervals(self, batch: int) -> dict[str, Interval]:
         return self.segments.steps[min(batch, len(self.segments.steps) - 1)]
@@ -238,7 +253,7 @@ class _Rank:
         if layout.context > 1 and layout.context_kind == "ring":  # the next keys and values, while these are used
             total += 2 * max(tokens * _kv_numbers(layer) * item for layer in self.config.layers)
         if layout.expert > 1:  # tokens out and back
-            total += 2 * max(tokens * _chosen(layer) * self.config.width * item for layer in self.config.layers)
+            total += 2 * max(tokens * chosen(layer) * self.config.width * item for layer in self.config.layers)
         biggest = max(
             (self.segments.sizes[self._place(index)] + self._experts([index])).weights for index in self._all()
         )
@@ -249,25 +264,12 @@ class _Rank:
         return total
 
 
-def _layers_of(depth: int, layout: Layout, stage: int, chunk: int) -> range:
-    """Consecutive layers, as equal as can be: chunk c of rank s is stage c * pipeline + s."""
-    stages = layout.pipeline * layout.stages_a_rank
-    if stages > depth:
-        raise HanlinError(f"{depth} layers cannot fill the {stages} stages of this pipeline.")
-    number = chunk * layout.pipeline + stage
-    return range(number * depth // stages, (number + 1) * depth // stages)
-
-
 def _kv_numbers(layer: LayerConfig) -> int:
     a = layer.attention
     if isinstance(a, AttentionConfig):
         return 2 * a.kv_heads * a.head_dim
     heads, key, value = a.kv_shape
     return heads * (key + value)
-
-
-def _chosen(layer: LayerConfig) -> int:
-    return layer.feed_forward.router.top_k if isinstance(layer.feed_forward, ExpertsConfig) else 0
 
 
 def _finished(parts: Counter[str], moment: str, way: Way, phases: dict[str, int], device: str) -> Memory:

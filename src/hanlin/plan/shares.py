@@ -102,6 +102,10 @@ class Sizes:
             self._stored[itemsize] = found
         return self._stored[itemsize]
 
+    def chosen(self, kind: int) -> int:
+        """Routed experts that a token goes through."""
+        return chosen(self.kinds[kind])
+
     def stage_flops(self, layout: Layout, place: int, length: int) -> float:
         """Forward FLOPs of one row through all stages of a pipeline place."""
         flops, share = self.flops(length), self.share(layout, place)
@@ -143,6 +147,11 @@ class Sizes:
         step = kinds[self.decoder[-1]] + 2.0 * length * 2 * config.width**2 + head
         ahead = config.predict_ahead * step
         return RowFlops(kinds, scores, head, ahead, whole.forward + ahead)
+
+
+def chosen(layer: LayerConfig) -> int:
+    """Routed experts that a token goes through; 0 where the feed-forward is dense."""
+    return layer.feed_forward.router.top_k if isinstance(layer.feed_forward, ExpertsConfig) else 0
 
 
 def _layer_size(config: ModelConfig, layer: LayerConfig) -> LayerSize:
