@@ -6,7 +6,9 @@ import pytest
 
 from hanlin.cli import main
 from hanlin.models.folder import save_config
+from hanlin.plan import calibrate
 from hanlin.plan.known import known_config
+from hanlin.plan.seconds import Rates
 
 RECIPE = """
 name: planned
@@ -91,3 +93,20 @@ def test_serving(capsys):
 def test_mistakes_are_explained(argv, words, capsys):
     assert main(["plan", *argv]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_this_machines_own_rates_are_used_where_they_were_measured(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    flags = (recipe, "--vocab-size", "4096", "--precision", "fp32")
+    assert "seconds_run" not in planned(capsys, *flags)["layouts"][0]
+    passes = {("pointwise", "fp32"): [(1000, 1e-6)], ("pointwise", "bool"): [(1000, 1e-6)]}
+    products = {(f"mm {kind}", "fp32"): [((64, 64, 64), 2e9)] for kind in ("nn", "nt", "tn", "tt")}
+    attention = {(f"attention{kind}", "fp32"): [((64, 64), 1e9)] for kind in ("", " back", " torch", " torch back")}
+    monkeypatch.setattr(calibrate, "measure_rates", lambda **_: Rates(products, passes, attention, 1e-6))
+    measured = planned(capsys, *flags, "--measure")["layouts"][0]["seconds_run"]
+    assert planned(capsys, *flags)["layouts"][0]["seconds_run"] == measured  # kept
+    products = sum(seconds for kind, seconds in measured.items() if kind.startswith("mm"))
+    weights = 4 * (128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 256)  # the last token of a row has no target
+    assert products == pytest.approx((6 * weights * 16 * 128 + 6 * 4096 * 128 * 16 * 127) / 2e9, rel=1e-6)
+    assert main(["plan", *flags, "--gpus", "H100", "--measure"]) == 2
+    assert "it belongs to --gpus cpu" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from hanlin.train import CausalLM, Trainer, TrainSettings
 from hanlin.train.objective import batch_loss
 
 STEPS, ROWS, MICRO = 4, 16, 2
+SPARSE = ("moe", "mixed")
 
 # name -> (processes, layout, kind of model, settings besides)
 LAYOUTS: dict[str, tuple[int, dict[str, Any], str, dict[str, Any]]] = {
@@ -38,6 +40,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], str, dict[str, Any]]] = {
     "pp4-gpipe": (4, {"pipeline": 4, "schedule": "gpipe"}, "dense", {}),
     "pp4-1f1b": (4, {"pipeline": 4}, "dense", {}),
     "pp4-1f1b-moe": (4, {"pipeline": 4}, "moe", {}),
+    "pp4-1f1b-mixed": (4, {"pipeline": 4}, "mixed", {}),
     "pp4-1f1b-tied": (4, {"pipeline": 4}, "tied", {}),
     "pp4-interleaved": (4, {"pipeline": 4, "schedule": "interleaved"}, "dense", {}),
     "pp4-zero-bubble": (4, {"pipeline": 4, "schedule": "zero_bubble"}, "dense", {}),
@@ -68,18 +71,21 @@ CASES = LAYOUTS | SMALL
 
 
 def layout_model(kind: str, dtype: torch.dtype = torch.float64) -> Transformer:
-    """Eight layers, so that every rank of four has two stages; kind: dense, tied or moe."""
+    """Eight layers, so that every rank of four has two stages; kind: dense, tied, moe, mixed (two are dense)."""
     torch.manual_seed(7)
-    feed_forward = ExpertsConfig(4, 16, RouterConfig(2)) if kind == "moe" else FeedForwardConfig(48)
+    dense, sparse = FeedForwardConfig(48), kind in SPARSE
     config = ModelConfig.uniform(
-        "qwen3_moe" if kind == "moe" else "qwen3",
+        "qwen3_moe" if sparse else "qwen3",
         depth=8,
-        attention=AttentionConfig(heads=4, kv_heads=4 if kind == "moe" else 2, head_dim=8, qk_norm=True),
-        feed_forward=feed_forward,
+        attention=AttentionConfig(heads=4, kv_heads=4 if sparse else 2, head_dim=8, qk_norm=True),
+        feed_forward=ExpertsConfig(4, 16, RouterConfig(2)) if sparse else dense,
         vocab_size=64,
         width=32,
         tied_embeddings=kind == "tied",
     )
+    if kind == "mixed":
+        first = replace(config.layers[0], feed_forward=dense)
+        config = replace(config, layers=(first,) * 2 + config.layers[2:])
     model = Transformer(config).to(dtype)
     for parameter in model.parameters():  # a model at its initialisation hides a forgotten weight
         parameter.data.add_(torch.randn_like(parameter) * 0.1)
@@ -102,7 +108,7 @@ def make_trainer(
         "schedule": {"kind": "constant"}, "clip": 0.5, "eval_every": steps, "spikes": {},
         **rest,
     }  # fmt: skip
-    if kind == "moe":
+    if kind in SPARSE:
         settings |= {"balance": {"kind": "loss", "weight": 0.05}, "router_z_loss": 1e-3}
     return trainer(
         layout_model(kind, dtype), CausalLM(), TinySource(ROWS), TrainSettings.model_validate(settings),
@@ -127,7 +133,7 @@ def train_case(
     (folder / f"traced-{rank}.json").write_text(json.dumps(tracer.bytes()))
 
 
-def work(rank: int, world: int, meeting: str, root: str, names: list[str], dtype: str) -> None:
+def work(rank: int, world: int, meeting: str, root: str, names: list[str], dtype: str, steps: int) -> None:
     """One process: every case of `names`, one after the other."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -138,7 +144,7 @@ def work(rank: int, world: int, meeting: str, root: str, names: list[str], dtype
             Run.open(folder)
         dist.barrier()
         try:
-            train_case(name, folder, getattr(torch, dtype))
+            train_case(name, folder, getattr(torch, dtype), steps=steps)
         except Exception as error:  # the others of this process go on; a hang is what the caller's timeout is for
             (folder / f"failed-{rank}.txt").write_text(f"{type(error).__name__}: {error}")
             raise

@@ -39,6 +39,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--price", type=_number, metavar="X", help="of an hour of one device")
     parser.add_argument("--tokens", type=_number, metavar="N", help="to train on in all, such as 15e12")
     parser.add_argument("--reserve", type=_number, metavar="GIB", help="memory of a device to leave free")
+    parser.add_argument("--measure", action="store_true", help="time this machine first (20 s) and plan by that")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.add_argument("--png", type=Path, metavar="FILE", help="a bar chart of the memory (png, svg, pdf)")
     step = parser.add_argument_group("one step")
@@ -94,11 +95,20 @@ def _training(arguments: argparse.Namespace) -> dict[str, Any]:
         "precision": arguments.precision, "recompute": arguments.recompute, "method": arguments.method,
         "rank": arguments.rank, "masters": arguments.masters or None,
     }  # fmt: skip
+    rates = None
+    if arguments.measure and (cluster.world > 1 or arguments.gpus.lower() != "cpu"):
+        raise HanlinError(
+            f"--measure measures this machine's processor: it belongs to --gpus cpu, not {arguments.gpus}."
+        )
+    if cluster.world == 1 and arguments.gpus.lower() == "cpu":
+        from hanlin.plan.calibrate import known_rates, machine_rates
+
+        rates = machine_rates(quiet=arguments.quiet or arguments.json) if arguments.measure else known_rates()
     request = read_request(arguments.recipe, vocab_size=arguments.vocab_size, overrides=overrides)
     return training_plan(
         request, cluster, layout=_layout(arguments), tokens=arguments.tokens, price=arguments.price,
         reserve=RESERVE if arguments.reserve is None else arguments.reserve * GIB,
-        fixed_rows=arguments.micro_batch is not None, recompute=arguments.recompute,
+        fixed_rows=arguments.micro_batch is not None, recompute=arguments.recompute, rates=rates,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ another process can only make one slower.
 import hashlib
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -42,12 +43,18 @@ Clock = Callable[[], float]
 VERSION = 1
 
 
-def machine_rates(*, fresh: bool = False, clock: Clock = time.perf_counter) -> Rates:
-    """This machine's rates at the present number of threads: from the cache, or measured (`fresh`: in any case)."""
+def known_rates() -> Rates | None:
+    """This machine's rates at the present number of threads, if they were measured before."""
     path = _cache()
-    if path.exists() and not fresh:
-        return _read(json.loads(path.read_text()))
+    return _read(json.loads(path.read_text())) if path.exists() else None
+
+
+def machine_rates(*, quiet: bool = True, clock: Clock = time.perf_counter) -> Rates:
+    """Measured now, and kept for `known_rates`."""
+    if not quiet:
+        print("Measuring what this machine does in a second (half a minute) ...", file=sys.stderr, flush=True)
     rates = measure_rates(clock=clock)
+    path = _cache()
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as unfinished:
         Path(unfinished).write_text(json.dumps(_written(rates), indent=1))

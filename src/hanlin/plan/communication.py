@@ -274,7 +274,7 @@ def _expert(config: ModelConfig, held: Held, shape: StepShape, layout: Layout) -
 
 def _pipeline(config: ModelConfig, held: Held, shape: StepShape, layout: Layout, place: int) -> Iterator[Sent]:
     m, n, t = shape.micro_batches, layout.pipeline, _tokens(shape, layout)
-    tokens = t // layout.tensor if layout.sequence else t
+    tokens = -(-t // layout.tensor) if layout.sequence else t
     state = shape.rows * tokens * config.width * shape.activation
     count = sends(place, n, layout.schedule, layout.stages_a_rank) * m
     yield Sent("pipeline", "states and their gradients", "send", count * state, count, n)

@@ -11,6 +11,7 @@ from hanlin.parallel.settings import Layout
 from hanlin.plan.closed import Job, micro_batches
 from hanlin.plan.communication import Sent, StepShape, step_traffic
 from hanlin.plan.memory import Memory, step_memory
+from hanlin.plan.seconds import Rates, Seconds, step_seconds
 from hanlin.plan.work import Lora, Work
 from hanlin.train.choices import Muon, OptimizerChoice, Recompute
 from hanlin.tune.lora import LoraSettings
@@ -21,17 +22,21 @@ EVERYTHING = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 
 @dataclass(frozen=True)
 class Counted:
-    """memory: of the fullest pipeline place; sent: of the busiest; why: what could not be counted, by name."""
+    """memory: of the fullest pipeline place; sent: of the busiest; seconds: of the step on the machine of `rates`;
+    why: what could not be counted, by name."""
 
     memory: Memory | None
     sent: list[Sent] | None
     why: dict[str, str]
+    seconds: Seconds | None = None
 
 
-def count_exactly(job: Job, layout: Layout, optimizer: OptimizerChoice, *, cuda: bool) -> Counted:
-    """Both counts of `job` in `layout` (`data` filled in)."""
+def count_exactly(
+    job: Job, layout: Layout, optimizer: OptimizerChoice, *, cuda: bool, rates: Rates | None = None
+) -> Counted:
+    """All counts of `job` in `layout` (`data` filled in). rates: measured ones, for a single process."""
     why: dict[str, str] = {}
-    memory, sent = None, None
+    memory, sent, seconds = None, None, None
     try:
         memory = exact_memory(job, layout, optimizer, cuda=cuda)
     except HanlinError as error:
@@ -40,24 +45,34 @@ def count_exactly(job: Job, layout: Layout, optimizer: OptimizerChoice, *, cuda:
         sent = exact_traffic(job, layout, optimizer)
     except HanlinError as error:
         why["communication"] = str(error)
-    return Counted(memory, sent, why)
+    if rates is not None and layout.fitted(1) == layout:
+        try:
+            seconds = step_seconds(job.config, exact_work(job, layout, optimizer), rates)
+        except HanlinError as error:
+            why["seconds"] = str(error)
+    return Counted(memory, sent, why, seconds)
 
 
 def exact_memory(job: Job, layout: Layout, optimizer: OptimizerChoice, *, cuda: bool) -> Memory:
     """The peak of the first and of the last pipeline place, whichever is larger."""
+    work = exact_work(job, layout, optimizer)
+    places = sorted({0, layout.pipeline - 1})
+    found = [step_memory(job.config, work, layout, stage=p, device="cuda" if cuda else "cpu") for p in places]
+    return max(found, key=lambda memory: memory.peak)
+
+
+def exact_work(job: Job, layout: Layout, optimizer: OptimizerChoice) -> Work:
+    """One rank's step. What the model's own code cannot run is a `HanlinError`."""
     if job.method == "qlora" or job.masters:
         what = "QLoRA" if job.method == "qlora" else "half-precision master weights"
         raise HanlinError(f"The model's own code has no {what} to run; the closed form stands alone.")
     lora = None
     if job.method == "lora":
         lora = Lora(LoraSettings(job.rank), EVERYTHING, "bf16")
-    work = Work(
+    return Work(
         job.micro_batch, job.length, micro_batches(job, layout), job.precision, optimizer,
         Recompute.model_validate({"kind": KINDS[job.recompute]}), lora,
     )  # fmt: skip
-    places = sorted({0, layout.pipeline - 1})
-    found = [step_memory(job.config, work, layout, stage=p, device="cuda" if cuda else "cpu") for p in places]
-    return max(found, key=lambda memory: memory.peak)
 
 
 def exact_traffic(job: Job, layout: Layout, optimizer: OptimizerChoice) -> list[Sent]:

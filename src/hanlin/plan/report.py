@@ -17,6 +17,7 @@ from hanlin.plan.memory import Memory
 from hanlin.plan.request import Request
 from hanlin.plan.scaling import CHINCHILLA, REPLICATION, rule_of_twenty
 from hanlin.plan.search import RESERVE, Candidate, Found, check_layout, describe_layout, fullest, search
+from hanlin.plan.seconds import Rates
 from hanlin.plan.serving import BYTES, Service, weight_bytes
 from hanlin.plan.step_time import Assumptions, step_time
 from hanlin.plan.volumes import volumes
@@ -28,10 +29,12 @@ def training_plan(
     request: Request, cluster: Cluster, *, layout: Layout | None = None, tokens: float | None = None,
     price: float | None = None, reserve: float = RESERVE, assumed: Assumptions | None = None, fixed_rows: bool = False,
     recompute: f.Recompute | None = None,
+    rates: Rates | None = None,
 ) -> JsonValue:  # fmt: skip
     """The plan of a training run. layout: this one (None: the request's, else all are searched); tokens: to train on
     in all (None: the request's steps, if it has them); price: of an hour of one device; fixed_rows: the search keeps
-    the request's rows of a micro-batch; recompute: it keeps this (None: it tries both)."""
+    the request's rows of a micro-batch; recompute: it keeps this (None: it tries both); rates: measured on this
+    machine, for a single process."""
     assumed = assumed or Assumptions()
     wanted = layout or request.layout
     found: Found | None = None
@@ -46,7 +49,7 @@ def training_plan(
         tokens = float(request.steps * request.job.tokens)
     room = cluster.device.memory - reserve
     cuda = not cluster.device.name.startswith("CPU")
-    counted = [count_exactly(c.job, c.layout, request.optimizer, cuda=cuda) for c in chosen[:1]]
+    counted = [count_exactly(c.job, c.layout, request.optimizer, cuda=cuda, rates=rates) for c in chosen[:1]]
     plan: JsonValue = {
         "kind": "training",
         "name": request.name,
@@ -258,6 +261,8 @@ def _counted(counted: Counted, room: float) -> JsonValue:
         found["memory_run"] = {name: size for name, size in counted.memory.parts.items() if size}
         found["bytes_run"] = counted.memory.peak
         found["fits_run"] = counted.memory.peak <= room
+    if counted.seconds is not None:
+        found["seconds_run"] = {"step": counted.seconds.total, **counted.seconds.parts}
     if counted.sent is not None:
         found["communication_exact"] = by_axis(counted.sent)
         found["calls"] = [{**sent.__dict__, "wire": sent.wire} for sent in counted.sent]

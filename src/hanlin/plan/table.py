@@ -46,6 +46,9 @@ def _training(plan: Mapping[str, Any], console: Console) -> None:
         for what, why in first.get("not_counted", {}).items():
             console.print(f"  {what} not counted exactly: {why}", style="bright_black")
         console.print(f"\n[bold]Time of a step[/], {first['seconds']['step']:.4g} s")
+        if "seconds_run" in first:
+            found = first["seconds_run"]["step"]
+            console.print(f"  {found:.4g} s by this machine's own rates, operation by operation")
         console.print(_time(first))
         if first["communication"]:
             console.print("\n[bold]Communication[/] of one rank in one step")
