@@ -16,7 +16,7 @@ quickstart: $(VENV)/.quickstart   ## raw text -> tokenizer -> pretraining -> SFT
 
 # One thread a worker: the tests' models are tiny, and threads of two workers would only wait for each other.
 test: $(VENV)/.dev lint           ## lint, types, import floors, then the test suite
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 8 $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 8 --dist loadgroup $(ARGS)
 
 test-slow: $(VENV)/.dev           ## the long tests
 	@$(BIN)/python -m pytest -m slow $(ARGS)

@@ -22,7 +22,7 @@ from hanlin.nn.balance import expert_load, router_z_loss
 from hanlin.nn.routing import RouterConfig
 from hanlin.parallel import pipeline as pipelining
 from hanlin.parallel.pipeline import Pipeline
-from hanlin.parallel.stages import held_names, holders, sends
+from hanlin.parallel.stages import sends
 from hanlin.train.choices import Recompute
 from hanlin.train.objective import CausalLM, document_mask, step_loss
 from hanlin.train.recompute import recompute_layers
@@ -217,8 +217,7 @@ def held(kind: str, **choice: Any) -> dict[str, Any]:
     storage = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
     return {
         "everything": everything,
-        "names": held_names(model),
-        "holders": holders(model),
+        "names": [name for name, _ in model.named_parameters()],
         "numbers": sum(p.numel() for p in model.parameters()),
         "whole": whole,
         "bytes": sum(storage.values()),

@@ -125,8 +125,6 @@ def test_each_rank_holds_its_layers_alone_under_the_names_of_the_whole_model(fou
         assert mine["elsewhere"] == (tied if apart and rank == ranks - 1 else [])
         assert mine["bytes"] == 8 * mine["numbers"]  # nothing of the other ranks' is kept alive
         assert mine["numbers"] <= mine["whole"] * (1 / ranks + 0.15)
-        first = {name: min(r for r in range(ranks) if name in held[r]["names"]) for name in everything}
-        assert mine["holders"] == first
 
 
 @pytest.mark.parametrize(("ranks", "schedule"), PLACES)

@@ -46,14 +46,6 @@ def test_gradients_are_divided_and_every_kind_of_overflow_is_found():
             assert unscale_gradients(parameters, 1024.0) == 1
 
 
-def test_ranks_decide_together():
-    """The flag of another rank, added by the sum over ranks, stops this one too."""
-    alone, together = LossScale(8.0), LossScale(8.0)
-    assert alone.decide(torch.zeros(()))
-    assert not together.decide(torch.zeros(()), over_ranks=lambda flag: flag + 1.0)
-    assert (alone.scale, together.scale, together.skipped) == (8.0, 4.0, 1)
-
-
 def test_a_loaded_scale_goes_on_where_it_was():
     one = LossScale(interval=3)
     for flag in (True, False, False):
@@ -86,7 +78,9 @@ def losses(scale: LossScale, steps: int = 40) -> list[float]:
             hidden = model(batch.ids, positions=batch.positions, mask=document_mask(batch), logits=None).hidden
             loss = token_loss(model, hidden, batch.targets) / 50
             (loss * scale.scale).backward()
-            if scale.decide(unscale_gradients(model.parameters(), scale.scale)):
+            overflowed = bool(unscale_gradients(model.parameters(), scale.scale))
+            scale.update(overflowed)
+            if not overflowed:
                 optimizer.step(1.0)
                 found.append(float(loss.detach()))
     assert model.compute_dtype is None

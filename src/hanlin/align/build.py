@@ -104,7 +104,8 @@ def find_lr(recipe: TrainRecipe, *, quiet: bool = False) -> RangeTest:
     settings, _ = resolve_settings(recipe, data)
     model = build_model(recipe, tokenizer, data.seq_len)
     objective = CausalLM(ahead=model.config.predict_ahead, z_loss=settings.z_loss)
-    plain = settings.model_copy(update={"eval_every": None, "save_every": None, "trackers": [], "keep_best": False})
+    off = {"eval_every": None, "save_every": None, "trackers": [], "keep_best": False, "spikes": None}
+    plain = settings.model_copy(update=off)
     trainer = Trainer(model, objective, data.source, plain, layout=recipe.parallel, seed=recipe.seed, quiet=True)
     found = trainer.find_lr()
     if ranks.first:

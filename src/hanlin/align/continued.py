@@ -74,9 +74,11 @@ def train_new_rows(
     )  # fmt: skip
     try:
         inner = Run.open(run.path / NEW_ROWS)
-        result = Trainer(
+        trainer = Trainer(
             model, CausalLM(), data, alone, run=inner, seed=recipe.seed, title=f"{recipe.name} (new rows)", quiet=quiet
-        ).fit()
+        )
+        result = trainer.fit()
+        trainer.close()
         if not result.finished:
             raise KeyboardInterrupt
     finally:

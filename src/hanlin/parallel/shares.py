@@ -39,14 +39,17 @@ class Share:
         self._sum: Tensor | None = None
         self.reduced = False  # in this step
         self.pieces: dict[str, nn.Parameter] = {}
+        self.frozen: dict[str, Tensor] = {}  # as `pieces`, of what is not trained
         self.ranges: dict[str, tuple[int, int]] = {}
         self._cuts: dict[str, slice] = {}  # of a piece in the share
-        if flat.trainable:
-            for place, start, stop in flat.pieces(rank):
-                first = place.start + start - self._own.start
+        for place, start, stop in flat.pieces(rank):
+            first = place.start + start - self._own.start
+            self.ranges[place.name] = start, stop
+            if flat.trainable:
                 self._cuts[place.name] = slice(first, first + stop - start)
                 self.pieces[place.name] = nn.Parameter(self.mine[self._cuts[place.name]])
-                self.ranges[place.name] = start, stop
+            else:
+                self.frozen[place.name] = self.mine[first : first + stop - start]
 
     # --- weights ---
 

@@ -11,7 +11,6 @@ A tied embedding is held by the first stage and the last.
 
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from hanlin.core.errors import HanlinError
@@ -19,7 +18,6 @@ from hanlin.models.config import BucketPosition, ModelConfig, RelativeAttentionC
 from hanlin.models.shared import Shared
 from hanlin.models.transformer import Transformer
 from hanlin.nn.linear import Linear
-from hanlin.parallel.collectives import Group
 from hanlin.parallel.settings import SEVERAL_STAGES, Schedule
 
 TABLE = "model.embed_tokens.weight"
@@ -154,28 +152,6 @@ def cut_stages(
 def is_tied(model: Transformer) -> bool:
     """Whether the head of a whole model is its embedding."""
     return model.lm_head is not None and model.lm_head.weight is model.model.embed_tokens.weight
-
-
-def held_names(model: nn.Module) -> list[str]:
-    """The names of the weights and of the buffers that are saved, as this rank holds them; a tied one once."""
-    names = [name for name, _ in model.named_parameters()]
-    for path, module in model.named_modules():
-        prefix = f"{path}." if path else ""
-        passing = module._non_persistent_buffers_set
-        names += [prefix + name for name, _ in module.named_buffers(recurse=False) if name not in passing]
-    return names
-
-
-def holders(model: nn.Module, group: Group = None) -> dict[str, int]:
-    """{name of the whole model: the first rank of the pipeline that holds it}, in the order of the stages' ranks; all
-    ranks call it. Of a tied embedding, which two ranks hold with equal values, that is the rank of the first stage."""
-    found: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, held_names(model), group=group)
-    first: dict[str, int] = {}
-    for rank, names in enumerate(found):
-        for name in names:
-            first.setdefault(name, rank)
-    return first
 
 
 def _refuse(model: Transformer, ranks: int) -> None:

@@ -77,6 +77,12 @@ class Zero:
         return {name: piece for share in self._shares for name, piece in share.pieces.items()}
 
     @property
+    def held(self) -> dict[str, Tensor]:
+        """The pieces, and those of frozen parameters that the ranks share (stage 3)."""
+        frozen = {name: piece for share in self._shares for name, piece in share.frozen.items()}
+        return frozen | {name: piece.detach() for name, piece in self.pieces.items()}
+
+    @property
     def ranges(self) -> dict[str, tuple[int, int]]:
         return {name: found for share in self._shares for name, found in share.ranges.items()}
 
@@ -225,7 +231,7 @@ class Zero:
         unit.backward, unit.waiting = True, unit.waiting - 1
         unit.wanted = _makes_gradients(unit.module)
         if self.stage == 3:
-            if not unit.wanted and any(p.requires_grad for p in unit.module.parameters()):
+            if not (unit.wanted or self._held) and any(p.requires_grad for p in unit.module.parameters()):
                 raise HanlinError(
                     "zero3 gives a layer's weights back after its backward, and this backward leaves the gradients of "
                     "weights for later, as the schedule zero_bubble does. Take zero1, or another schedule."

@@ -9,7 +9,7 @@ losses are added up and never averaged. Without a process group everything here 
 
 from collections.abc import Generator, Iterable, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,7 @@ from hanlin.train.token_loss import token_loss
 if TYPE_CHECKING:
     from hanlin.parallel.pipeline import Pipeline
 
+T = TypeVar("T")
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 
 
@@ -104,7 +105,8 @@ class Cluster:
                 self.replications.append(DataParallel(part, group))
             for name in part:
                 self.shares[name] = 0.0 if name in elsewhere else 1.0 / (replicas * alike[name])
-        self._alike = all(share == 1.0 / self.world for share in self.shares.values())
+        # a rank of a pipeline may have nothing to train, and still takes part in the sums of the others
+        self._alike = bool(self.shares) and all(share == 1.0 / self.world for share in self.shares.values())
 
     def exchange(self, model: Transformer) -> MatrixExchange | None:
         """What brings a matrix together whose numbers are spread over ranks; None where none are."""
@@ -127,7 +129,7 @@ class Cluster:
                 cuts[name] = (*cuts.get(name, ()), mine)
         for replication, shared in self._shared.items():
             tensors = {name: tensor for name, tensor in tensors.items() if name not in shared}
-            tensors |= {name: piece.detach() for name, piece in replication.pieces.items()}
+            tensors |= replication.held
         spans = {name: found for zero in self._shared for name, found in zero.ranges.items()}
         elsewhere = self.pipeline.counted_elsewhere if self.pipeline else set()
         return Laid(tensors, self._shapes, cuts, spans, frozenset(elsewhere))
@@ -137,6 +139,11 @@ class Cluster:
         """Whether every process holds the whole model."""
         layout = self.layout
         return layout.tensor == layout.pipeline == layout.expert == 1 and layout.shard != "zero3"
+
+    def close(self) -> None:
+        """Take off what hangs in the model, so that another trainer may take it."""
+        for replication in self.replications:
+            replication.close()
 
     # --- one step ---
 
@@ -268,6 +275,13 @@ class Cluster:
                 before = total.get(name, (0.0, 0.0))
                 total[name] = before[0] + value, before[1] + count
         return total
+
+    def agree(self, value: T) -> T:
+        """Rank 0's value: of what each process measured for itself."""
+        found: list[Any] = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(found, src=0)
+        return found[0]
 
     @torch.no_grad()
     def broadcast(self, tensors: Iterable[Tensor]) -> None:

@@ -74,7 +74,7 @@ class _Held:
         self.device, self.stream = tensor.device, stream
         self.before = weakref.ref(before) if before is not None else None  # what the backward pass wants next
         self.source = weakref.ref(tensor.untyped_storage())
-        self.back: weakref.ref[Tensor] | None = None
+        self.back: weakref.ref[Any] | None = None  # the storage that came back, as long as some tensor lies in it
         self.coming: tuple[Tensor, Any] | None = None
         content = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
         if stream is None:
@@ -97,12 +97,14 @@ class _Held:
         """The bytes on their device."""
         if self.stream is None:
             return self.copy
-        found = self.back() if self.back is not None else None
-        if found is None:
+        storage = self.back() if self.back is not None else None
+        if storage is not None:
+            found = torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage)
+        else:
             self.fetch()
             assert self.coming is not None
             found, arrived = self.coming
-            self.coming, self.back = None, weakref.ref(found)
+            self.coming, self.back = None, weakref.ref(found.untyped_storage())
             current = torch.cuda.current_stream(self.device)
             current.wait_event(arrived)
             found.record_stream(current)

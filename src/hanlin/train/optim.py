@@ -142,7 +142,7 @@ def build_optimizer(
     where the optimiser needs it to be.
     """
     whole = group_parameters(model, kinds)
-    if not whole.all():
+    if not (whole.all() if kinds is None else kinds):
         raise HanlinError("The model has no trainable parameter: every one has requires_grad=False.")
     if pieces is None:
         groups = whole

@@ -45,9 +45,14 @@ def refuse_what_cannot_act(
         raise HanlinError(
             f"train.mup_base_width gives factors for adamw; found the optimizer {settings.optimizer.kind}."
         )
-    shared = layout.shard != "none" or layout.tensor > 1
+    shared = layout.shard != "none" or layout.tensor > 1 or layout.expert > 1
     if shared and run is not None and getattr(settings.optimizer, "state_bits", 32) == 8:
         raise HanlinError(
             "train.optimizer.state_bits 8 counts in blocks of 256 numbers of what a rank holds; where ranks share a "
-            "parameter (parallel.shard, parallel.tensor) such a state cannot be cut anew. Take 32 there."
+            "parameter (parallel.shard, tensor, expert) such a state cannot be cut anew. Take 32 there."
+        )
+    if layout.expert > 1 and run is not None and settings.optimizer.kind == "adafactor":
+        raise HanlinError(
+            "train.optimizer adafactor keeps rows and columns of whole stacks of experts; with parallel.expert such a "
+            "state cannot be cut anew. Take adamw there."
         )

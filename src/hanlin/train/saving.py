@@ -137,11 +137,12 @@ def take_checkpoint(
     *,
     average: Mapping[str, Tensor] | None = None,
     balance: Mapping[str, Tensor] | None = None,
+    first: bool = True,
 ) -> Checkpoint:
     """Everything that a resumed run needs, by reference (save it before the next step changes it).
 
     about: more JSON for its state, such as the run's identity. average: running averages of the weights, by name.
-    balance: what is remembered of each router.
+    balance: what is remembered of each router. first: whether this is the process whose random states are kept.
     """
     chance, generators = random_states()
     values = {
@@ -155,7 +156,7 @@ def take_checkpoint(
         *laid.saved(WEIGHTS, laid.tensors),
         *laid.saved(MOMENTS, optimizer.state()),
         *laid.saved(AVERAGE, average or {}),
-        *(Held(RANDOM + name, tensor, tuple(tensor.shape)) for name, tensor in generators.items()),
+        *(Held(RANDOM + name, tensor, tuple(tensor.shape)) for name, tensor in generators.items() if first),
         *(Held(BALANCE + name, tensor, tuple(tensor.shape)) for name, tensor in (balance or {}).items()),
     ]
     return Checkpoint(values, held)

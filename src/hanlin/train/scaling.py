@@ -6,11 +6,11 @@ gradients do not become zero, and the fp32 gradients of the master weights are d
     some gradient is inf or NaN   s <- s / 2, and the step is not made
     N steps without one           s <- 2 s
 
-Ranks must agree: if one skipped a step that the others make, their weights would part. So the flag of an overflow is
-summed over all of them before it is looked at.
+Ranks must agree: if one skipped a step that the others make, their weights would part. A trainer looks at the norm of
+the whole gradient, which every rank has alike and which overflows when any number does.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -57,15 +57,6 @@ class LossScale:
                 "finite before the backward pass, or the rate is too high. Try train.precision bf16, or a lower lr."
             )
 
-    def decide(self, found: Tensor, over_ranks: Callable[[Tensor], Tensor] | None = None) -> bool:
-        """Whether the step may be made. found: this rank's flag, as `unscale_gradients` gives it; over_ranks: sums it
-        over all ranks (None: there is one). Waits for the device."""
-        if over_ranks is not None:
-            found = over_ranks(found)
-        overflowed = bool(found.item() > 0)
-        self.update(overflowed)
-        return not overflowed
-
     def state(self) -> dict[str, float]:
         """JSON values for a checkpoint."""
         return {"scale": self.scale, "good": self.good, "skipped": self.skipped}
@@ -79,8 +70,7 @@ class LossScale:
 def unscale_gradients(parameters: Iterable[Tensor], scale: float) -> Tensor:
     """Divide the gradients of `parameters` by `scale`, in place -> a flag (), fp32: 1 where one was inf or NaN, else 0.
 
-    The flag is on the gradients' device, and looking at it is left to `LossScale.decide`. After an overflow the
-    gradients mean nothing.
+    The flag is on the gradients' device, and looking at it waits. After an overflow the gradients mean nothing.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     places = {g.device for g in gradients}

@@ -116,15 +116,6 @@ def local_shape(shape: Shape, cuts: Sequence[Share]) -> Shape:
     return tuple(sizes)
 
 
-def whole_shape(shape: Shape, cuts: Sequence[Share]) -> Shape:
-    """Of the tensor of which the cuts leave one of `shape`."""
-    sizes = list(shape)
-    for cut in cuts:
-        kept = cut.pieces * (cut.stop - cut.start)
-        sizes[cut.dim] = shape[cut.dim] // kept * cut.pieces * cut.units
-    return tuple(sizes)
-
-
 def take(whole: Tensor, cuts: Sequence[Share] = (), span: Span | None = None) -> Tensor:
     """The piece of a whole tensor, contiguous; it may be the tensor itself."""
     local = _region(whole, cuts).reshape(local_shape(tuple(whole.shape), cuts)) if cuts else whole

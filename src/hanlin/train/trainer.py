@@ -45,7 +45,7 @@ from hanlin.train.reader import CheckpointReader, export_weights, open_checkpoin
 from hanlin.train.refusals import refuse_what_cannot_act
 from hanlin.train.reporting import Reporter
 from hanlin.train.resume import identity, refuse_other_length, refuse_other_run
-from hanlin.train.saving import TrainState, average_of, balance_of, put_back, take_checkpoint, untouched
+from hanlin.train.saving import TrainState, average_of, balance_of, model_tensors, put_back, take_checkpoint, untouched
 from hanlin.train.scaling import LossScale, unscale_gradients
 from hanlin.train.schedule import lr_factor
 from hanlin.train.settings import TrainSettings
@@ -98,9 +98,8 @@ class Trainer:
         refuse_what_cannot_act(settings, data, run, evaluate, self.cluster.layout)
         self.model = model.to(self.device)
         widen_weights(self.model)
-        self.precision = Precision.choose(settings.precision, self.device, tf32=settings.tf32)
+        self.precision = self.cluster.agree(Precision.choose(settings.precision, self.device, tf32=settings.tf32))
         self.cluster.lay(self.model)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.cluster.replicate(self.model)
         self.balance = Balance(
             model, settings.balance, z_loss=settings.router_z_loss, group=self.cluster.mesh.group("replicas")
@@ -127,6 +126,7 @@ class Trainer:
         resumed = self._begin()
         quiet = self.quiet or not self.cluster.first
         with (
+            StopRequest("" if quiet else "Stopping after this step; Ctrl-C again leaves at once.") as stop,
             self.keeper or nullcontext(),
             self._training(),
             Reporter(
@@ -135,7 +135,6 @@ class Trainer:
                 online=self.settings.trackers_online, quiet=quiet,
             ) as report,
             Prefetch(self._prepare, self.steps) as feed,
-            StopRequest("" if quiet else "Stopping after this step; Ctrl-C again leaves at once.") as stop,
         ):  # fmt: skip
             if self.evaluate_first and self.state.step == 0 and resumed is None:
                 self._evaluate(report)
@@ -171,17 +170,17 @@ class Trainer:
         return loss, metrics
 
     def time_steps(self, count: int = 3) -> float:
-        """Seconds of one optimizer step: the median of `count`, after one to warm up. Weights, optimiser and random
-        states are put back bit for bit, so the training that follows is the one that would have been without."""
+        """Seconds of one optimizer step: the median of `count`, after one to warm up. Everything is put back bit for
+        bit, so the training that follows is the one that would have been without."""
         if self.device.type == "cpu":
             tune_allocator()
         seconds = []
-        with self._training(), self.cluster.published(untouched(self.laid, self.optimizer)):
+        with self._trial():
             for number in range(count + 1):
                 start = time.perf_counter()
                 work = self._prepare(number % self.steps)
-                self.backward(work, self._totals(work, False)[0])
-                self._update(float(self.cluster.gradient_norm()), 1.0)
+                _, norm, _ = self._computed(work, self._totals(work, False)[0])
+                self._update(norm, 1.0)
                 synchronise(self.device)
                 seconds.append(time.perf_counter() - start)
         return median(seconds[1:])
@@ -193,6 +192,7 @@ class Trainer:
         if self.cluster.holds_all:
             with self._weights_to_keep():
                 yield self.model
+                self.cluster.wait()  # nobody puts its own weights back while another one saves
             return
         if self.run is None:
             raise HanlinError(
@@ -202,7 +202,10 @@ class Trainer:
         if self.cluster.first:
             reader = open_checkpoint(self.run.checkpoints()[-1][1])
             whole = Transformer(self.model.config)
-            whole.load_state_dict(export_weights(reader, average=self.average is not None), strict=False)
+            weights = export_weights(reader, average=self.average is not None)
+            if missing := sorted(model_tensors(whole).keys() - weights.keys()):
+                raise HanlinError(f"The checkpoint {reader.folder} lacks {missing[0]}: it is of another model.")
+            whole.load_state_dict(weights, strict=False)  # a tied head stands once
         yield whole
 
     def find_lr(self, low: float = 1e-6, high: float = 1.0, steps: int = 100) -> RangeTest:
@@ -210,13 +213,31 @@ class Trainer:
 
         def step(number: int, rate: float) -> float:
             work = self._prepare(number % self.steps)
-            loss, _ = self.backward(work, self._totals(work, False)[0])
+            loss, norm, _ = self._computed(work, self._totals(work, False)[0])
             self.balance.drop()
-            self._update(float(self.cluster.gradient_norm()), rate / self.settings.lr)  # the peaks are at settings.lr
-            return float(loss)
+            self._update(norm, rate / self.settings.lr)  # the peaks are at settings.lr
+            return loss
 
-        with self._training(), self.cluster.published(untouched(self.laid, self.optimizer)):
+        with self._trial():
             return range_test(step, low=low, high=high, steps=steps)
+
+    def close(self) -> None:
+        """Take the hooks off the model: another trainer may have it."""
+        self.cluster.close()
+
+    @contextmanager
+    def _trial(self) -> Generator[None]:
+        """Steps of which nothing remains."""
+        average, self.average = self.average, None
+        scale = self.scale.state() if self.scale else {}
+        try:
+            with self._training(), self.cluster.published(untouched(self.laid, self.optimizer)):
+                yield
+        finally:
+            self.average = average
+            self.balance.drop()
+            if self.scale is not None:
+                self.scale.load(scale)
 
     def _begin(self) -> int | None:
         """Seed, or continue from the newest checkpoint; returns its step."""
@@ -343,7 +364,7 @@ class Trainer:
         with self.meter.paused():
             means = self.meter.means(self.cluster.sum_metrics(self.meter.metrics))
             speed = self.meter.tokens / self.meter.seconds
-            dtype = self.precision.compute_dtype or self.parameters[0].dtype
+            dtype = self.precision.compute_dtype or next(self.model.parameters()).dtype
             flops = speed * self.model.config.flops_per_token(work.length)
             row = {
                 "step": self.state.step, "time": report.elapsed, "tokens": self.state.tokens, "loss": means["loss"],
@@ -358,7 +379,7 @@ class Trainer:
     def _evaluate(self, report: Reporter) -> bool:
         """Call the evaluation; True if this is the best so far and the best is to be kept."""
         assert self.evaluate is not None
-        with self.meter.paused(), torch.no_grad(), self._weights_to_keep(), self.cluster.whole():
+        with self.meter.paused(), torch.no_grad(), self._weights_to_keep():
             self.model.eval()
             found = self.evaluate(self.model, self.state.step)
             self.model.train()
@@ -389,7 +410,7 @@ class Trainer:
             self.state.spikes = self.guard.state() if self.guard else self.state.spikes
             checkpoint = take_checkpoint(
                 self.laid, self.optimizer, self.state, self.about, balance=self.balance.state(),
-                average=self.average.state() if self.average else None,
+                average=self.average.state() if self.average else None, first=self.cluster.first,
             )  # fmt: skip
             self.keeper.save(checkpoint, keep)
             self.saved = self.state.step
@@ -421,9 +442,12 @@ class Trainer:
         average = self.settings.average
         self.average = EMA(self.cluster.pieces, average.decay, warmup=average.warmup) if average else None
 
-    def _weights_to_keep(self) -> AbstractContextManager[None]:
-        """Inside, the weights are what is evaluated and saved: the average, where there is one."""
-        return nullcontext() if self.average is None else self.cluster.published(self.average.swapped())
+    @contextmanager
+    def _weights_to_keep(self) -> Generator[None]:
+        """Inside, the weights are whole and what is evaluated and saved: the average, where there is one."""
+        swapped = nullcontext() if self.average is None else self.cluster.published(self.average.swapped())
+        with swapped, self.cluster.whole():
+            yield
 
     def _training(self) -> AbstractContextManager[None]:
         chosen = self.settings
