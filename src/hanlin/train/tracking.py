@@ -4,12 +4,15 @@ Every tracker writes files into the run folder and contacts no host. `online` le
 its own login names, MLflow writes to MLFLOW_TRACKING_URI, trackio to the Space in TRACKIO_SPACE_ID.
 """
 
+import json
 import numbers
 import os
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from hanlin.core.errors import HanlinError, require
+from hanlin.core.files import write_text
 from hanlin.core.metrics import MetricsFile
 from hanlin.core.runs import Run
 
@@ -62,25 +65,30 @@ class Trackio:
 
 
 class Wandb:
-    """W&B's files in RUN/wandb (extra `wandb`; `wandb sync RUN/wandb/offline-run-...` sends them later)."""
+    """W&B's files in RUN/wandb (extra `wandb`; `wandb sync RUN/wandb/offline-run-...` sends them later). A resumed run
+    writes a further folder with the same id, which W&B joins. Its own counter of lines never goes back, so the step is
+    a number of the line: after a rollback the steps that are made again stand beside the first ones."""
 
     def __init__(self, run: Run, resume_step: int | None, online: bool) -> None:
         wandb: Any = require("wandb", "wandb")
 
         self._run = wandb.init(
             project="hanlin", name=run.path.name, dir=str(run.path), mode="online" if online else "offline",
+            id=_kept(run, "wandb", lambda: secrets.token_hex(4)), resume="allow" if online else None,
             settings=wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True),
         )  # fmt: skip
+        self._run.define_metric("*", step_metric="step")
 
     def write(self, row: Mapping[str, Any]) -> None:
-        self._run.log(_values(row), step=row["step"])
+        self._run.log({**_values(row), "step": row["step"]})
 
     def close(self) -> None:
         self._run.finish()
 
 
 class Mlflow:
-    """MLflow's files in RUN/mlruns (extra `mlflow`; `mlflow ui --backend-store-uri RUN/mlruns`)."""
+    """MLflow's files in RUN/mlruns (extra `mlflow`; `mlflow ui --backend-store-uri RUN/mlruns`). A resumed run goes on
+    in the same one."""
 
     def __init__(self, run: Run, resume_step: int | None, online: bool) -> None:
         mlflow: Any = require("mlflow", "mlflow")
@@ -93,7 +101,8 @@ class Mlflow:
         self._client = mlflow.MlflowClient(tracking_uri=store)
         found = self._client.get_experiment_by_name("hanlin")
         experiment = found.experiment_id if found else self._client.create_experiment("hanlin")
-        self._id = self._client.create_run(experiment, run_name=run.path.name).info.run_id
+        self._id = _kept(run, "mlflow", lambda: self._client.create_run(experiment, run_name=run.path.name).info.run_id)
+        self._client.update_run(self._id, "RUNNING")
 
     def write(self, row: Mapping[str, Any]) -> None:
         for name, value in _values(row).items():
@@ -137,6 +146,16 @@ class Trackers:
     def close(self) -> None:
         for tracker in self.all:
             tracker.close()
+
+
+def _kept(run: Run, tracker: str, make: Callable[[], str]) -> str:
+    """The id that the tracker knows this run by, made once and kept in RUN/trackers.json."""
+    file = run.path / "trackers.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    if tracker not in known:
+        known[tracker] = make()
+        write_text(file, json.dumps(known, indent=1) + "\n")
+    return known[tracker]
 
 
 def _values(row: Mapping[str, Any]) -> dict[str, float]:
