@@ -95,7 +95,7 @@ def test_a_terminated_run_says_how_to_go_on_and_does(workshop):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("train recipes/pretrain-tiny.yaml --nproc 0", "a run has at least one process"),
+        ("train recipes/pretrain-tiny.yaml --nproc 0", "is no whole number of 1 or more"),
         ("train recipes/pretrain-tiny.yaml --nproc=2 --parallel.tensor 4", "do not divide the 2 processes"),
         ("train recipes/pretrain-tiny.yaml --restarts 1", "give --nproc too"),
         ("train recipes/pretrain-tiny.yml", "Did you mean recipes/pretrain-tiny.yaml?"),

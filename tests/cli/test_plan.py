@@ -1,14 +1,20 @@
 """`hanlin plan`: from recipes, names and folders; tables, JSON, a chart; clear words for what cannot be."""
 
+import argparse
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from hanlin.cli import main
+from hanlin.cli.plan import AXES, _layout
+from hanlin.models import AttentionConfig, FeedForwardConfig, ModelConfig, Transformer, save_model
 from hanlin.models.folder import save_config
 from hanlin.plan import calibrate
 from hanlin.plan.known import known_config
 from hanlin.plan.seconds import Rates
+from hanlin.tokens import Tokenizer
 
 RECIPE = """
 name: planned
@@ -24,6 +30,20 @@ def recipe(tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text(RECIPE)
     return str(file)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """A model and its tokenizer, with random weights."""
+    path = tmp_path_factory.mktemp("model")
+    tokenizer = Tokenizer.train_from_iterator(["The quick brown fox. " * 20], vocab_size=300)
+    config = ModelConfig.uniform(
+        "llama", depth=2, attention=AttentionConfig(heads=4, kv_heads=2, head_dim=8),
+        feed_forward=FeedForwardConfig(48), vocab_size=tokenizer.size, width=32, max_positions=128,
+    )  # fmt: skip
+    save_model(Transformer(config), path)
+    tokenizer.save(path)
+    return path
 
 
 def planned(capsys, *argv: str) -> dict:
@@ -88,11 +108,91 @@ def test_serving(capsys):
         (["llama-3-8b", "--gpus", "A100", "--precision", "fp8"], "has no fp8"),
         (["llama-3-8b", "--tokens", "many"], "is no number"),
         (["llama-3-8b", "--sequence"], "sequence shares tokens"),
+        (["llama-3-8b", "--schedule", "interleaved"], "schedule interleaved orders the stages of a pipeline"),
+        (["llama-3-8b", "--context-kind", "ulysses"], "context_kind ulysses says how context ranks talk"),
+        (["llama-3-8b", "--masters", "--precision", "fp32"], "--precision fp32 has none"),
+        (["llama-3-8b", "--masters", "--method", "lora"], "--method lora has none"),
+        (["llama-3-8b", "--price", "2"], "give --tokens"),
+        (["llama-3-8b", "--seq-len", "8193"], "knows only 8192 positions"),
+        (["llama-3-8b", "--png", "x.txt"], "it must end in .png, .svg, .pdf"),
+        (["llama-3-8b", "--gpus", "2xcpu", "--measure"], "it belongs to --gpus cpu"),
+        (["llama-3-8b", "--serve", "--masters", "--sequence"], "--masters, --sequence belong to training"),
+        (["llama-3-8b", "--serve", "--context-length", "8193"], "knows only 8192 positions"),
+        (["llama-3-8b", "--serve", "--measure"], "Give a model folder"),
     ],
 )
 def test_mistakes_are_explained(argv, words, capsys):
     assert main(["plan", *argv]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["vocab-size", "seq-len", "batch", "tensor", "users", "context-length", "nodes"])
+@pytest.mark.parametrize("text", ["0", "-5", "2.5"])
+def test_a_count_is_a_whole_number_of_1_or_more(flag, text, capsys):
+    assert main(["plan", "llama-3-8b", "--serve", f"--{flag}", text]) == 2
+    assert f"--{flag}: '{text}' is no whole number of 1 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["tokens", "price", "reserve", "prompt-cache"])
+@pytest.mark.parametrize("text", ["-1", "nan", "inf", "1e400"])
+def test_an_amount_is_finite(flag, text, capsys):
+    assert main(["plan", "llama-3-8b", f"--{flag}", text]) == 2
+    assert f"--{flag}: '{text}' is no number" in capsys.readouterr().err
+
+
+def test_only_memory_may_be_none_at_all(capsys):
+    assert main(["plan", "llama-3-8b", "--tokens", "0"]) == 2
+    assert "'0' is not above 0" in capsys.readouterr().err
+    assert planned(capsys, "llama-3-8b", "--serve", "--gpus", "H100", "--reserve", "0")["machine"]["reserve"] == 0
+
+
+def test_the_layout_of_the_flags_is_only_what_they_say():
+    parsed = argparse.Namespace(**dict.fromkeys([*AXES, "shard", "schedule", "context_kind"]), sequence=False)
+    assert _layout(parsed) is None
+    parsed.tensor, parsed.sequence = 2, True
+    assert _layout(parsed) == {"tensor": 2, "sequence": True}
+
+
+def test_a_new_model_grows_with_its_rows(recipe, capsys):
+    flags = ("--vocab-size", "4096", "--gpus", "H100")
+    assert planned(capsys, recipe, *flags, "--seq-len", "256")["step"]["length"] == 256
+    file = Path(recipe)
+    file.write_text(RECIPE.replace("kv_heads: 2,", "kv_heads: 2, max_positions: 128,"))
+    assert main(["plan", recipe, *flags, "--seq-len", "256"]) == 2
+    assert "knows only 128 positions" in capsys.readouterr().err
+
+
+def test_a_request_is_no_longer_than_the_model(tmp_path, capsys):
+    save_config(replace(known_config("qwen3-0.6b"), max_positions=1024), tmp_path / "model")
+    assert planned(capsys, str(tmp_path / "model"), "--serve", "--gpus", "H100")["context"] == 1024
+
+
+def test_what_is_set_aside_is_said(capsys):
+    assert main(["plan", "deepseek-r1", "--serve", "--gpus", "8xH200", "--dtype", "fp8"]) == 0
+    assert "140 GB of a replica kept for prompts (--prompt-cache)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_tables_keep_their_words_whole_and_their_lines_short(width, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    flags = "--gpus 16xH100 --batch 1024 --seq-len 1024 --tokens 15e12 --price 2.5"
+    assert main(["plan", "llama-3-8b", *flags.split()]) == 0
+    shown = capsys.readouterr().out
+    assert "tokens/day" in shown and "cost" in shown
+    assert max(map(len, shown.splitlines())) <= width
+    formulas = shown[shown.index("Classic formulas") : shown.index("Compute-optimal")]
+    assert len(formulas.splitlines()) < 50
+
+
+def test_the_engine_is_measured_beside_the_roofline(model_folder, capsys):
+    measured = planned(capsys, str(model_folder), "--serve", "--measure", "--dtype", "fp32")["measured"]
+    assert measured["dtype"] == "fp32" and set(measured["tokens_per_s"]) == {"prefill", "decode"}
+    for row in measured["tokens_per_s"].values():
+        assert row["predicted"] > 0 and row["measured_of_predicted"] == pytest.approx(
+            row["measured"] / row["predicted"]
+        )
+    assert main(["plan", str(model_folder), "--serve", "--measure"]) == 0
+    assert "Beside what the engine does here" in capsys.readouterr().out
 
 
 def test_this_machines_own_rates_are_used_where_they_were_measured(recipe, tmp_path, monkeypatch, capsys):

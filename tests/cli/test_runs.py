@@ -61,6 +61,8 @@ def test_show_tells_of_one_run(runs, capsys):
     assert main(["runs", "show", str(runs / "first")]) == 0
     out = capsys.readouterr().out
     assert "eval/loss" in out and "2.75" in out and "best eval/loss" in out
+    assert "objective.kind  causal_lm" in out and "train.lr        0.001" in out
+    assert "step 30 of 30, finished" in out and "█▁▃" in out  # 3.0, 2.0, 2.25
 
 
 @pytest.mark.parametrize(
@@ -83,3 +85,30 @@ def test_a_torn_line_and_a_damaged_recipe_hide_no_run(runs, capsys):
     (runs / "second" / "recipe.yaml").write_text("train: [")
     assert main(["runs", "list", "--root", str(runs)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+@pytest.mark.parametrize("text", ["train: [", "- a\n- list\n", "train: 5\nobjective: words\n", "\udcff"])
+def test_a_recipe_that_is_none_is_named_and_counts_as_empty(runs, capsys, text):
+    recipe = runs / "second" / "recipe.yaml"
+    recipe.write_bytes(text.encode(errors="surrogateescape"))
+    for argv in (["list", "--root", str(runs)], ["show", str(runs / "second")]):
+        assert main(["runs", *argv]) == 0
+        said = capsys.readouterr()
+        assert "second" in said.out and ("recipe.yaml" in said.err or text.startswith("train: 5"))
+
+
+def test_a_run_without_a_line_has_nothing_to_draw(runs, capsys):
+    (runs / "second" / "metrics.jsonl").write_text("")
+    assert main(["runs", "show", str(runs / "second")]) == 0
+    assert main(["runs", "show", str(runs / "second"), "--png", str(runs / "a.png")]) == 2
+    assert "There is no curve to draw" in capsys.readouterr().err
+
+
+def test_a_plot_has_the_name_and_the_format_that_were_asked_for(runs, capsys):
+    for name in ("deep/er/curves.svg", "curves.PNG", "curves.pdf"):
+        assert main(["runs", "show", str(runs / "first"), "--png", str(runs / name)]) == 0
+        assert f"The curves are in {runs / name}." in capsys.readouterr().out
+        assert (runs / name).stat().st_size > 1000
+    for name in ("curves", "curves.txt"):
+        assert main(["runs", "show", str(runs / "first"), "--png", str(runs / name)]) == 2
+        assert "it must end in .png, .svg, .pdf" in capsys.readouterr().err

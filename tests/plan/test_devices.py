@@ -25,7 +25,14 @@ def test_the_trainer_and_the_planner_know_the_same_peaks():
 
 @pytest.mark.parametrize(
     ("text", "nodes", "world", "per_node"),
-    [("8xH100-80GB", 1, 8, 8), ("h200", 1, 1, 1), ("4 x 4090", 1, 4, 4), ("8xA100", 2, 16, 8), ("64xH100", 1, 64, 8)],
+    [
+        ("8xH100-80GB", 1, 8, 8),
+        ("h200", 1, 1, 1),
+        ("4 x 4090", 1, 4, 4),
+        ("8xA100", 2, 16, 8),
+        ("64xH100", 1, 64, 8),
+        ("2xcpu", 1, 2, 2),
+    ],
 )
 def test_machines_are_read(text, nodes, world, per_node):
     cluster = parse_gpus(text, nodes)
@@ -39,5 +46,7 @@ def test_an_unknown_device_names_its_neighbours():
         parse_gpus("8xH1000")
     with pytest.raises(HanlinError, match="no multiple"):
         parse_gpus("12xH100")
+    with pytest.raises(HanlinError, match="a node has at most 8"):
+        parse_gpus("16xH100", nodes=2)
     with pytest.raises(HanlinError, match="has no fp8"):
         find_device("A100").peak("fp8")

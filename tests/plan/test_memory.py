@@ -200,6 +200,22 @@ def test_the_first_of_a_pipeline_keeps_the_most_micro_batches() -> None:
     assert kept == sorted(kept, reverse=True) and kept[0] > 2 * kept[2]
 
 
+@pytest.mark.parametrize("feed_forward", [FeedForwardConfig(512), MOE], ids=["dense", "experts"])
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_more_micro_batches_hold_no_more(recompute: Any, feed_forward: Any) -> None:
+    """What a micro-batch adds is given back on every stage, whatever layer the short model frees it in: no category
+    grows with their number, and none is negative."""
+    config = dense(12, feed_forward=feed_forward)
+    for layout, stages in ((Layout(data=2, shard="zero1"), 1), (Layout(data=1, pipeline=4), 4)):
+        for stage in range(stages):
+            few, many = (
+                step_memory(config, Work(1, 64, n, recompute=Recompute(kind=recompute)), layout, stage=stage)
+                for n in (8, 64)
+            )
+            assert few.parts == many.parts
+            assert min(few.parts.values()) >= 0
+
+
 def test_what_does_not_fit_is_refused_by_name() -> None:
     with pytest.raises(HanlinError, match="4 experts cannot be shared equally by the 3 ranks"):
         step_memory(dense(feed_forward=MOE), Work(1, 64), Layout(data=3, expert=3))

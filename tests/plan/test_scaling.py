@@ -1,6 +1,7 @@
 """Scaling laws: planted constants come back, compute-optimal sizes follow from them, run folders are read."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -131,3 +132,19 @@ def test_scaling_fit_prints_and_draws(runs, tmp_path, capsys):
 def test_a_folder_that_is_no_run_is_named(tmp_path, capsys):
     assert main(["scaling", "fit", str(tmp_path / "nowhere")]) == 2
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_a_run_that_is_not_finished_is_no_point(runs, capsys):
+    shutil.rmtree(runs[0] / "model")
+    (runs[0] / "recipe.yaml").write_text("train: {steps: 3}")
+    with pytest.raises(HanlinError, match=f"{runs[0].name} is not finished: step 2 of 3"):
+        read_points(runs)
+    (runs[0] / "recipe.yaml").write_text("train: {epochs: 1}")
+    with pytest.raises(HanlinError, match="whether it is finished is unknown"):
+        read_points(runs)
+
+
+@pytest.mark.parametrize("flags", [["--flops", "inf"], ["--flops", "0"], ["--bootstrap", "-1"], ["--png", "x.txt"]])
+def test_what_cannot_be_is_refused(flags, capsys):
+    assert main(["scaling", "fit", "nowhere", *flags]) == 2
+    assert flags[1] in capsys.readouterr().err

@@ -1,5 +1,7 @@
 """Serving: weights and caches by hand, the roofline's limits, and a published table of DeepSeek-R1."""
 
+from dataclasses import replace
+
 import pytest
 
 from hanlin.core.errors import HanlinError
@@ -36,6 +38,14 @@ def test_a_model_that_does_not_fit_is_refused_with_its_size():
         serve(known_config("llama-3-70b"), parse_gpus("1xH100"))
     with pytest.raises(HanlinError, match="no dtype for serving"):
         serve(known_config("llama-3-8b"), parse_gpus("1xH100"), dtype="nf4")
+
+
+def test_a_model_that_does_not_decode_is_refused():
+    config = known_config("llama-3-8b")
+    layer = replace(config.layers[0], attention=replace(config.layers[0].attention, bidirectional=True))
+    for encoder in (replace(config, layers=(layer,) * 32), replace(config, head=None)):
+        with pytest.raises(HanlinError, match="writes no text"):
+            serve(encoder, parse_gpus("1xH100"))
 
 
 @pytest.mark.parametrize(("gpus", "rows"), [("8xH200", 4), ("16xH200", 3)])

@@ -1,13 +1,19 @@
 """`hanlin runs list | show | compare`: what run folders tell, as tables and plots."""
 
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hanlin.cli.parser import make_parser
+from hanlin.cli.parser import figure, make_parser
 from hanlin.core.errors import HanlinError
 
+if TYPE_CHECKING:
+    from hanlin.train.history import RunHistory
+
 CURVES = ("loss", "eval/loss", "grad_norm", "lr", "tokens_per_s")
+BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 def main(argv: list[str]) -> None:
@@ -29,7 +35,7 @@ def main(argv: list[str]) -> None:
     compare = what.add_parser("compare", help="what the recipes differ in, the values and curves side by side")
     compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     for one in (show, compare):
-        one.add_argument("--png", type=Path, help="write the curves to this file (png, svg, pdf)")
+        one.add_argument("--png", type=figure, metavar="FILE", help="write the curves to this file (png, svg, pdf)")
         one.add_argument("--keys", nargs="+", metavar="KEY", help=f"which curves (default: {', '.join(CURVES)})")
         one.add_argument("--by", choices=("step", "tokens", "time"), default="step", help="along which axis")
     for one in (listing, show, compare):
@@ -46,7 +52,9 @@ def _list(root: Path, as_json: bool) -> None:
 
     if not root.is_dir():
         raise HanlinError(f"There is no folder {root}; --root says where the run folders are.")
-    rows: list[dict[str, Any]] = [run.summary() | {"path": str(run.path)} for run in find_runs(root)]
+    runs = find_runs(root)
+    _name_damage(runs)
+    rows: list[dict[str, Any]] = [run.summary() | {"path": str(run.path)} for run in runs]
     if as_json:
         print(json.dumps(rows, ensure_ascii=False, indent=1))
         return
@@ -65,21 +73,27 @@ def _list(root: Path, as_json: bool) -> None:
 
 
 def _compare(arguments: Any) -> None:
-    from hanlin.train.history import differences, plot_runs, read_run
+    from hanlin.train.history import differences, plot_runs, read_run, recipe_values
 
     runs = [read_run(path) for path in arguments.runs]
+    _name_damage(runs)
     known = list(dict.fromkeys(key for run in runs for key in run.names()))
     keys = arguments.keys or [key for key in CURVES if key in known] or known[:6]
     if unknown := [key for key in keys if key not in known]:
-        raise HanlinError(f"No run has a curve {unknown[0]!r}; there are: {', '.join(known)}.")
+        there = f"there are: {', '.join(known)}" if known else "none has logged a number yet"
+        raise HanlinError(f"No run has a curve {unknown[0]!r}; {there}.")
     changed = differences(runs) if len(runs) > 1 else {}
+    if arguments.png:
+        plot_runs(runs, keys, arguments.png, by=arguments.by)
     if arguments.json:
         found = {
-            "runs": [run.summary() | {"path": str(run.path)} for run in runs],
+            "runs": [run.summary() | {"path": str(run.path), "recipe": run.recipe} for run in runs],
             "differences": changed,
             "curves": {key: {str(run.path): run.curve(key, by=arguments.by) for run in runs} for key in keys},
         }
         print(json.dumps(found, ensure_ascii=False, indent=1))
+    elif arguments.what == "show":
+        _show(runs[0], known, keys, arguments.by, recipe_values(runs[0].recipe))
     else:
         names = [str(run.path) for run in runs]
         values = [[key, *(_figure(run.last(key)) for run in runs)] for key in known]
@@ -89,10 +103,42 @@ def _compare(arguments: Any) -> None:
             print()
             rows = [[key, *(_short(value) for value in found)] for key, found in changed.items()]
             _print_table(["recipes differ in", *names], rows, left=(0,))
-    if arguments.png:
-        plot_runs(runs, keys, arguments.png, by=arguments.by)
-        if not arguments.json:
-            print(f"\nThe curves are in {arguments.png}.")
+    if arguments.png and not arguments.json:
+        print(f"\nThe curves are in {arguments.png}.")
+
+
+def _show(run: "RunHistory", known: list[str], keys: list[str], by: str, recipe: dict[str, Any]) -> None:
+    """The recipe, the last values, and a small curve of each of `keys`."""
+    state = run.summary()
+    steps = f"{state['step']}" + (f" of {state['steps']}" if state["steps"] else "")
+    print(f"{run.path}: step {steps}, {'finished' if state['finished'] else 'not finished'}\n")
+    if recipe:
+        _print_table(["recipe", ""], [[key, _short(value, 80)] for key, value in recipe.items()], left=(0, 1))
+        print()
+    rows = [[key, _figure(run.last(key)), _sparks(run.curve(key, by=by)) if key in keys else ""] for key in known]
+    if "eval/loss" in known:
+        rows.append(["best eval/loss", _figure(run.best("eval/loss")), ""])
+    _print_table(["last value", "", f"curve by {by}"], rows, left=(0, 2))
+
+
+def _sparks(curve: Sequence[tuple[float, float]], width: int = 40) -> str:
+    """The values as one line of blocks, the largest highest: the mean of each of `width` equal spans of the axis."""
+    if not curve:
+        return ""
+    begin, end = curve[0][0], curve[-1][0]
+    spans: list[list[float]] = [[] for _ in range(min(width, len(curve)))]
+    for at, value in curve:
+        share = (at - begin) / (end - begin) if end > begin else 0.0
+        spans[min(len(spans) - 1, max(0, int(share * len(spans))))].append(value)
+    means = [sum(span) / len(span) for span in spans if span]
+    low, high = min(means), max(means)
+    return "".join(BLOCKS[round((mean - low) / (high - low) * 7) if high > low else 0] for mean in means)
+
+
+def _name_damage(runs: "Sequence[RunHistory]") -> None:
+    for run in runs:
+        if run.damage is not None:
+            print(f"hanlin: {run.damage}; it counts as empty.", file=sys.stderr)
 
 
 def _print_table(titles: list[str], rows: list[list[str]], *, left: tuple[int, ...]) -> None:
@@ -120,6 +166,6 @@ def _duration(seconds: float | None) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _short(value: Any) -> str:
+def _short(value: Any, longest: int = 40) -> str:
     text = "-" if value is None else str(value)
-    return text if len(text) <= 40 else text[:37] + "..."
+    return text if len(text) <= longest else text[: longest - 3] + "..."

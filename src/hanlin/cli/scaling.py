@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hanlin.cli.parser import make_parser
+from hanlin.cli.parser import amount, count, figure, make_parser, whole
 from hanlin.core.errors import HanlinError
 
 
@@ -21,15 +21,15 @@ def main(argv: list[str]) -> None:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="fit")
     fit = verbs.add_parser("fit", help="the five constants with intervals, and the best size for a budget")
     fit.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
-    fit.add_argument("--flops", nargs="+", type=float, metavar="C", help="budgets to plan for (default: 10x, 100x)")
-    fit.add_argument("--bootstrap", type=int, default=400, metavar="N", help="resamplings for intervals (default: 400)")
+    fit.add_argument("--flops", nargs="+", type=amount, metavar="C", help="budgets to plan for (default: 10x, 100x)")
+    fit.add_argument("--bootstrap", type=whole, default=400, metavar="N", help="resamplings (default: 400)")
     fit.add_argument("--level", type=float, default=0.9, metavar="P", help="mass of an interval (default: 0.9)")
-    fit.add_argument("--vocab-size", type=int, metavar="N", help="where a run's model and tokenizer are not here")
-    fit.add_argument("--png", type=Path, metavar="FILE", help="plot points, curves and best sizes (png, svg, pdf)")
+    fit.add_argument("--vocab-size", type=count, metavar="N", help="where a run's model and tokenizer are not here")
+    fit.add_argument("--png", type=figure, metavar="FILE", help="plot points, curves and best sizes (png, svg, pdf)")
     fit.add_argument("--json", action="store_true", help="one JSON object")
     arguments = parser.parse_args(argv)
-    if arguments.bootstrap < 0 or not 0 < arguments.level < 1:
-        raise HanlinError("--bootstrap must be at least 0 and --level between 0 and 1.")
+    if not 0 < arguments.level < 1:
+        raise HanlinError(f"--level is {arguments.level}; it must be between 0 and 1.")
 
     from hanlin.plan.scaling import exponent, fit_law, isoflop, rule_of_twenty
     from hanlin.plan.scaling_runs import draw_law, read_points
@@ -39,8 +39,6 @@ def main(argv: list[str]) -> None:
     budgets = isoflop(points)
     largest = max(p.flops for p in points)
     wanted = arguments.flops or [10 * largest, 100 * largest]
-    if any(not c > 0 for c in wanted):
-        raise HanlinError("--flops must be positive.")
     best = [(c, *found.law.optimum(c)) for c in wanted]
     facts: dict[str, Any] = {
         "runs": [p.__dict__ | {"predicted": found.law.loss(p.parameters, p.tokens)} for p in points],

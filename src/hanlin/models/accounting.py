@@ -91,9 +91,10 @@ def count_parameters(config: ModelConfig) -> Parameters:
     rest = _outside_layers(config)
     if config.predict_ahead:  # a layer, a projection of two states to one and three norms a step
         last = replace(config, layers=config.layers[-1:], encoder=(), predict_ahead=0)
-        inside = sum(n for part, n in count_parameters(last).parts.items()) - sum(_outside_layers(last).values())
-        step = inside + 2 * config.width**2 + 3 * _norm_size(config)
-        rest["ahead"] = config.predict_ahead * step
+        one, around = count_parameters(last), 2 * config.width**2 + 3 * _norm_size(config)
+        outside = sum(_outside_layers(last).values())
+        rest["ahead"] = config.predict_ahead * (one.total - outside + around)
+        active -= config.predict_ahead * (one.total - one.active)  # of its experts, too, the chosen ones
     parts.update(rest)
     return Parameters(dict(parts), active + sum(rest.values()))
 

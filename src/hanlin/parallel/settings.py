@@ -42,6 +42,16 @@ class Layout(Section):
             raise ValueError("sequence shares tokens among the ranks of `tensor`: set tensor to 2 or more, or leave it")
         if self.chunks is not None and self.schedule not in SEVERAL_STAGES:
             raise ValueError(f"chunks acts with the schedules {' and '.join(SEVERAL_STAGES)} only, not {self.schedule}")
+        if self.pipeline == 1 and self.chunks is not None:
+            raise ValueError(f"chunks {self.chunks} are stages of a pipeline: set pipeline to 2 or more, or leave it")
+        if self.pipeline == 1 and self.schedule != "1f1b":
+            raise ValueError(
+                f"schedule {self.schedule} orders the stages of a pipeline: set pipeline to 2 or more, or leave it"
+            )
+        if self.context == 1 and self.context_kind != "ring":
+            raise ValueError(
+                f"context_kind {self.context_kind} says how context ranks talk: set context to 2 or more, or leave it"
+            )
         if self.data is not None and self.data % self.expert:
             raise ValueError(f"expert {self.expert} does not divide data {self.data}")
         return self

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hanlin.core.files import atomic_path
+from hanlin.core.figures import save_figure
 
 GIB = 2**30
 INK, GREY = "#24292f", "#8c959f"
@@ -27,15 +27,25 @@ class Bar:
 
 def terminal_bar(bar: Bar, width: int = 60) -> list[str]:
     """Lines in rich's markup: one bar as long as the device's memory, then a line for each category."""
-    total, scale = sum(bar.parts.values()), max(bar.room, sum(bar.parts.values()))
-    cells = _cells([*bar.parts.values(), max(0.0, scale - total)], width)
+    total, longest = sum(bar.parts.values()), max(bar.room, sum(bar.parts.values()))
+    cells = _cells([*bar.parts.values(), max(0.0, longest - total)], width)
+    scale, unit = memory_unit(total)
     blocks = [f"[{_colour(name)}]{'█' * n}[/]" for name, n in zip(bar.parts, cells, strict=False)]
     over = f"  [bold red]{(total - bar.room) / GIB:.1f} GiB too much[/]" if total > bar.room else ""
-    lines = [f"{''.join(blocks)}[bright_black]{'░' * cells[-1]}[/] {total / GIB:.1f} of {bar.room / GIB:.1f} GiB{over}"]
+    held = "" if unit == "GiB" else f" {unit}"
+    lines = [
+        f"{''.join(blocks)}[bright_black]{'░' * cells[-1]}[/] "
+        f"{total / scale:.1f}{held} of {bar.room / GIB:.1f} GiB{over}"
+    ]
     for name, size in bar.parts.items():
         if size >= 0.0005 * total:
-            lines.append(f"  [{_colour(name)}]■[/] {name:<14}{size / GIB:>9.2f} GiB {size / total:>6.1%}")
+            lines.append(f"  [{_colour(name)}]■[/] {name:<14}{size / scale:>9.2f} {unit} {size / total:>6.1%}")
     return lines
+
+
+def memory_unit(most: float) -> tuple[float, str]:
+    """(bytes, name) of the unit in which sizes up to `most` are shown: GiB, or MiB below one GiB."""
+    return (GIB, "GiB") if most >= GIB else (2**20, "MiB")
 
 
 def draw_memory(bars: Sequence[Bar], path: Path, *, title: str) -> None:
@@ -65,12 +75,7 @@ def draw_memory(bars: Sequence[Bar], path: Path, *, title: str) -> None:
     axes.set_title(title, fontsize=11, color=INK, loc="left")
     _dress(axes)
     figure.legend(loc="outside lower center", ncols=min(8, len(names)), fontsize=8, frameon=False)
-    _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> None:
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format=path.suffix.lstrip(".") or "png")
+    save_figure(figure, path)
 
 
 def _dress(axes: Any) -> None:

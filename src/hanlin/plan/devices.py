@@ -64,7 +64,8 @@ class Cluster:
 def parse_gpus(text: str, nodes: int = 1) -> Cluster:
     """`8xH100-80GB`, `H200` (one), `4x4090`; nodes: how many such nodes. An unknown name names its neighbours.
 
-    More devices than a node usually has are taken as that many nodes: `16xH100` is two nodes of eight.
+    More devices than a node has are taken as that many nodes: `16xH100` is two nodes of eight. Where `nodes` is given,
+    the devices are those of one node, and more than it has are a `HanlinError`.
     """
     found = GPUS.fullmatch(text.strip())
     if found is None:
@@ -80,6 +81,11 @@ def parse_gpus(text: str, nodes: int = 1) -> Cluster:
                 f"the devices of one node and --nodes N."
             )
         return Cluster(device, device.per_node, count // device.per_node)
+    if count > device.per_node:
+        raise HanlinError(
+            f"--nodes {nodes} with {count} x {device.name} in each: a node has at most {device.per_node}. Give the "
+            f"devices of one node, or all of them without --nodes (such as {nodes * device.per_node}x{device.name})."
+        )
     return Cluster(device, count, nodes)
 
 

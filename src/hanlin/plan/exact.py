@@ -4,20 +4,19 @@ The closed forms (`plan.closed`, `plan.volumes`) choose among thousands of layou
 the report shows both. What cannot be counted says why.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hanlin.core.errors import HanlinError
 from hanlin.parallel.settings import Layout
-from hanlin.plan.closed import Job, micro_batches
+from hanlin.plan.closed import Job, closed_memory, micro_batches
 from hanlin.plan.communication import Sent, StepShape, step_traffic
-from hanlin.plan.memory import Memory, step_memory
+from hanlin.plan.memory import Memory, step_memory, step_segments
 from hanlin.plan.seconds import Rates, Seconds, step_seconds
 from hanlin.plan.work import Lora, Work
 from hanlin.train.choices import Muon, OptimizerChoice, Recompute
 from hanlin.tune.lora import LoraSettings
 
 KINDS = {"none": "none", "full": "full", "selective": "operators"}
-EVERYTHING = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -54,11 +53,24 @@ def count_exactly(
 
 
 def exact_memory(job: Job, layout: Layout, optimizer: OptimizerChoice, *, cuda: bool) -> Memory:
-    """The peak of the first and of the last pipeline place, whichever is larger."""
+    """The peak of the fullest pipeline place: the first, the second (which may hold a layer more) or the last."""
     work = exact_work(job, layout, optimizer)
-    places = sorted({0, layout.pipeline - 1})
-    found = [step_memory(job.config, work, layout, stage=p, device="cuda" if cuda else "cpu") for p in places]
+    device, places = "cuda" if cuda else "cpu", sorted({0, min(1, layout.pipeline - 1), layout.pipeline - 1})
+    segments = step_segments(job.config, work, layout, device) if len(places) > 1 else None
+    found = [
+        _averaged(step_memory(job.config, work, layout, stage=p, device=device, segments=segments), job, layout, p)
+        for p in places
+    ]
     return max(found, key=lambda memory: memory.peak)
+
+
+def _averaged(memory: Memory, job: Job, layout: Layout, place: int) -> Memory:
+    """With the average of the weights, which the run does not have."""
+    if not job.average:
+        return memory
+    without = closed_memory(replace(job, average=0.0), layout, place)["optimiser"]
+    more = int(closed_memory(job, layout, place)["optimiser"] - without)
+    return replace(memory, parts=memory.parts | {"optimiser": memory.parts["optimiser"] + more})
 
 
 def exact_work(job: Job, layout: Layout, optimizer: OptimizerChoice) -> Work:
@@ -68,7 +80,7 @@ def exact_work(job: Job, layout: Layout, optimizer: OptimizerChoice) -> Work:
         raise HanlinError(f"The model's own code has no {what} to run; the closed form stands alone.")
     lora = None
     if job.method == "lora":
-        lora = Lora(LoraSettings(job.rank), EVERYTHING, "bf16")
+        lora = Lora(LoraSettings(job.rank), "all", "bf16")
     return Work(
         job.micro_batch, job.length, micro_batches(job, layout), job.precision, optimizer,
         Recompute.model_validate({"kind": KINDS[job.recompute]}), lora,

@@ -15,7 +15,7 @@ a rank holds its layers, its heads and hidden units, its experts, its tokens, an
 keeps in flight. Both ways agree where both can be gone (tests/plan/test_memory.py).
 """
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -62,12 +62,13 @@ def step_memory(
     stage: int = 0,
     device: str = "cpu",
     way: Way | None = None,
+    segments: Segments | None = None,
 ) -> Memory:
     """The peak of an optimizer step on a rank of pipeline stage `stage`. `work` counts that replica's rows and whole
     rows' tokens: context and sequence parallelism divide them here.
 
     device: "cpu" follows Hanlin's CPU kernels, "cuda" what a GPU would run. way None: "whole" where nothing is shared
-    and the model is short.
+    and the model is short. segments: of `step_segments`, where they are there already.
     """
     layout = layout or Layout(data=1)
     shared = layout.inner * layout.expert > 1 or layout.shard != "none"
@@ -77,7 +78,13 @@ def step_memory(
         raise HanlinError('A whole run knows one process; with a layout `way` is "layers".')
     if way == "whole" or (way is None and not shared and len(config.layers) <= SHORT):
         return _whole(config, work, device)
-    return _by_layers(config, work, layout, stage, device)
+    return _by_layers(config, work, layout, stage, device, segments)
+
+
+def step_segments(config: ModelConfig, work: Work, layout: Layout, device: str) -> Segments:
+    """The intervals that `step_memory` puts together, for several stages of one layout."""
+    work = replace(work, length=_share(work.length, layout.context, "tokens of a row", "context"))
+    return cut_step(_local(config, layout), work, device=device, expert_ranks=layout.expert)
 
 
 def _whole(config: ModelConfig, work: Work, device: str) -> Memory:
@@ -91,12 +98,14 @@ def _whole(config: ModelConfig, work: Work, device: str) -> Memory:
     return _finished(ledger.peak_by, ledger.peak_stage, "whole", phases, device)
 
 
-def _by_layers(config: ModelConfig, work: Work, layout: Layout, stage: int, device: str) -> Memory:
+def _by_layers(
+    config: ModelConfig, work: Work, layout: Layout, stage: int, device: str, segments: Segments | None
+) -> Memory:
+    if segments is None:
+        segments = step_segments(config, work, layout, device)
     local = _local(config, layout)
-    work = replace(work, length=_share(work.length, layout.context, "tokens of a row", "context"))
-    segments = cut_step(local, work, device=device, expert_ranks=layout.expert)
-    rank = _Rank(local, work, layout, stage, segments)
-    return rank.memory(device)
+    work = replace(work, length=work.length // layout.context)
+    return _Rank(local, work, layout, stage, segments, device).memory()
 
 
 def _local(config: ModelConfig, layout: Layout) -> ModelConfig:
@@ -119,8 +128,10 @@ def _share(count: int, ranks: int, what: str, axis: str) -> int:
 class _Rank:
     """The step of one rank, interval by interval."""
 
-    def __init__(self, config: ModelConfig, work: Work, layout: Layout, stage: int, segments: Segments) -> None:
-        self.config, self.work, self.layout, self.segments = config, work, layout, segments
+    def __init__(
+        self, config: ModelConfig, work: Work, layout: Layout, stage: int, segments: Segments, device: str
+    ) -> None:
+        self.config, self.work, self.layout, self.segments, self.device = config, work, layout, segments, device
         stages = stage_layers(config, layout.pipeline * layout.stages_a_rank)
         mine = rank_stages(stage, layout.pipeline, layout.schedule, layout.stages_a_rank) if len(stages) > 1 else [0]
         self.chunks = [stages[number] for number in mine]
@@ -128,10 +139,11 @@ class _Rank:
         self.stage = stage
         self.replicas = (layout.data or 1) * layout.context
         self.held: Counter[str] = Counter()
+        self.kept: deque[Counter[str]] = deque()  # what each micro-batch in flight has added, but for gradients
         self.peak, self.peak_by, self.moment = -1, Counter(), ""
         self.phases: dict[str, int] = {}
 
-    def memory(self, device: str) -> Memory:
+    def memory(self) -> Memory:
         common, experts = self._common(), self._experts(self._all())
         sizes, zero = common + experts, self.layout.shard
         self.held["weights"] = self._divided(common.weights, experts.weights) if zero == "zero3" else sizes.weights
@@ -145,8 +157,8 @@ class _Rank:
             else:
                 self._backward(min(backwards, 1))
                 backwards += 1
-        self._optimiser(sizes, device)
-        return _finished(self.peak_by, self.moment, "layers", self.phases, device)
+        self._optimiser(sizes)
+        return _finished(self.peak_by, self.moment, "layers", self.phases, self.device)
 
     def _divided(self, common: int, experts: int) -> int:
         """Shares of ZeRO: an expert is on fewer ranks, so each of them keeps more of it."""
@@ -159,6 +171,11 @@ class _Rank:
         total = Sizes(0, 0, 0)
         for index in self._all():
             total = total + self.segments.sizes[self._place(index)]
+        return total + self._outside()
+
+    def _outside(self) -> Sizes:
+        """Of what is no layer's."""
+        total = Sizes(0, 0, 0)
         if self.first:
             total = total + self.segments.sizes["embed"]
         if self.last:
@@ -174,27 +191,32 @@ class _Rank:
         return self.segments.place(index, self.config.layers)
 
     def _schedule(self) -> list[str]:
-        """Forward and backward passes of whole micro-batches on this rank."""
+        """Forward and backward passes of whole micro-batches on this rank. Once gradients are there and as many are in
+        flight as ever, one is like the other: those that would follow are left out."""
         batches, layout = self.work.micro_batches, self.layout
         ahead = {"naive": 1, "gpipe": batches, "1f1b": layout.pipeline - self.stage}.get(
             layout.schedule, layout.pipeline
         )
         ahead = min(batches, 1 if layout.pipeline == 1 else ahead)
         passes = ["forward"] * ahead
-        for _ in range(batches - ahead):
+        for _ in range(min(batches - ahead, 2)):
             passes += ["backward", "forward"]
         return passes + ["backward"] * ahead
 
     def _forward(self, batch: int) -> None:
-        intervals = self._intervals(batch)
+        intervals, before = self._intervals(batch), Counter(self.held)
         if self.first:
             self._go(intervals["embed"], "forward")
         for index in self._all():
             self._go(intervals[f"forward {self._place(index)}"], "forward")
             self.held["activations"] += self._laid(index)
+        self.kept.append(self._since(before))
 
     def _backward(self, batch: int) -> None:
-        intervals = self._intervals(batch)
+        """Whatever the micro-batch added is gone in the end. The intervals alone need not come out even: the short
+        model gives back in its first layer what all of its few layers kept for each other (the routers' choices), and
+        a stage's last output and its gradient change hands in the head, which other stages have not."""
+        intervals, before = self._intervals(batch), Counter(self.held)
         if self.last:
             self._go(intervals["head"], "loss")
             self._go(intervals["head back"], "backward")
@@ -203,27 +225,40 @@ class _Rank:
             self.held["activations"] -= self._laid(index)
         if self.first and "embed back" in intervals:
             self._go(intervals["embed back"], "backward")
+        for more in (self.kept.popleft(), self._since(before)):
+            self.held.subtract(more)
+
+    def _since(self, before: Counter[str]) -> Counter[str]:
+        """What has come since then and belongs to a micro-batch: gradients stay."""
+        more = Counter(self.held)
+        more.subtract(before)
+        del more["gradients"]
+        return more
 
     def _laid(self, index: int) -> int:
         """Activations that a layer keeps more than the short model's, whose tokens do not travel: what each norm reads
-        is a share of the row (sequence parallelism), rows for experts are kept as they arrive and as they come back."""
-        again = self.work.recompute.kind == "full"
+        is a share of the row (sequence parallelism), rows for experts are kept as they arrive and as they come back.
+        Recompute of `operators` keeps what a GPU's attention gives, too, which `plan.fused_attention` is not."""
+        again = self.work.recompute.kind in ("full", "operators")
         state = self.work.rows * self.work.length * self.config.width * self.work.itemsize
         more = 0 if again or self.layout.expert == 1 else chosen(self.config.layers[index]) * state
         if self.layout.sequence:
             more -= (1 if again else 2) * (state - state // self.layout.tensor)
+        if self.work.recompute.kind == "operators" and self.device == "cuda":
+            a = self.config.layers[index].attention
+            more += self.work.rows * self.work.length * a.heads * (a.kv_shape[2] * self.work.itemsize + 4)
         return more
 
     def _intervals(self, batch: int) -> dict[str, Interval]:
         return self.segments.steps[min(batch, len(self.segments.steps) - 1)]
 
-    def _optimiser(self, sizes: Sizes, device: str) -> None:
+    def _optimiser(self, sizes: Sizes) -> None:
         interval, choice = self.segments.optimiser, self.work.optimizer
         high, spike = interval.high, Counter(interval.spike)
         if isinstance(choice, Muon):
             ranks = 1 if self.layout.shard == "none" else self.replicas
             dtype = Precision(self.work.precision).products
-            high = muon_high(sizes.matrices, choice, dtype, device=device, ranks=ranks)
+            high = muon_high(sizes.matrices, choice, dtype, device=self.device, ranks=ranks)
             spike = Counter(buffers=high)
         self._look("optimiser", high, spike)
 
@@ -257,8 +292,8 @@ class _Rank:
         biggest = max(
             (self.segments.sizes[self._place(index)] + self._experts([index])).weights for index in self._all()
         )
-        if layout.shard == "zero3":  # this unit and the next
-            total += 2 * biggest
+        if layout.shard == "zero3":  # this layer and the next, and what is outside of layers through the whole step
+            total += 2 * biggest + self._outside().weights
         if self.replicas > 1 and sizes.gradients:
             total += 2 * min(BUCKET * 4, sizes.gradients)
         return total

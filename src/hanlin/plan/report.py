@@ -4,52 +4,76 @@
 beside exact counts, what the compute would best be spent on. `serving_plan`: weights, caches, users, tokens/s.
 """
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+from pydantic import ValidationError
+
+from hanlin.core.errors import HanlinError
 from hanlin.parallel.settings import Layout
 from hanlin.plan import formulas as f
 from hanlin.plan.closed import Job, closed_memory, frozen_bytes, lora_numbers, micro_batches
 from hanlin.plan.communication import by_axis
-from hanlin.plan.devices import Cluster
+from hanlin.plan.devices import GIB, Cluster
 from hanlin.plan.exact import Counted, count_exactly
 from hanlin.plan.memory import Memory
 from hanlin.plan.request import Request
 from hanlin.plan.scaling import CHINCHILLA, REPLICATION, rule_of_twenty
-from hanlin.plan.search import RESERVE, Candidate, Found, check_layout, describe_layout, fullest, search
+from hanlin.plan.search import (
+    RESERVE,
+    Candidate,
+    Found,
+    check_layout,
+    describe_layout,
+    fastest,
+    fullest,
+    search,
+    used_axes,
+)
 from hanlin.plan.seconds import Rates
 from hanlin.plan.serving import BYTES, Service, weight_bytes
 from hanlin.plan.step_time import Assumptions, step_time
 from hanlin.plan.volumes import volumes
 
 JsonValue = dict[str, Any]
+SHOWN = 3  # layouts of a search
+MOST_RUNS = 4  # layouts that are run on fake tensors until one fits: seconds each
 
 
 def training_plan(
-    request: Request, cluster: Cluster, *, layout: Layout | None = None, tokens: float | None = None,
+    request: Request, cluster: Cluster, *, layout: Layout | dict[str, Any] | None = None, tokens: float | None = None,
     price: float | None = None, reserve: float = RESERVE, assumed: Assumptions | None = None, fixed_rows: bool = False,
     recompute: f.Recompute | None = None,
     rates: Rates | None = None,
 ) -> JsonValue:  # fmt: skip
-    """The plan of a training run. layout: this one (None: the request's, else all are searched); tokens: to train on
-    in all (None: the request's steps, if it has them); price: of an hour of one device; fixed_rows: the search keeps
-    the request's rows of a micro-batch; recompute: it keeps this (None: it tries both); rates: measured on this
-    machine, for a single process."""
+    """The plan of a training run. layout: this one, or fields that are laid over the request's (None: the request's,
+    else all are searched); tokens: to train on in all (None: the request's steps, if it has them); price: of an hour of
+    one device; fixed_rows: the search keeps the request's rows of a micro-batch, as it does where the request asks for
+    them; recompute: it keeps this (None: the request's, else it tries both); rates: measured on this machine, for a
+    single process."""
     assumed = assumed or Assumptions()
-    wanted = layout or request.layout
+    wanted = merged_layout(request.layout, layout)
+    room = cluster.device.memory - reserve
+    count = partial(
+        count_exactly, optimizer=request.optimizer, cuda=not cluster.device.name.startswith("CPU"), rates=rates
+    )
     found: Found | None = None
+    refused: list[Refused] = []
+    counted: Counted | None = None
     if wanted is None:
         found = search(
-            request.job, cluster, reserve=reserve, assumed=assumed, fixed_rows=fixed_rows, recompute=recompute
-        )
-        chosen = found.best or ([found.nearest] if found.nearest else [])
+            request.job, cluster, reserve=reserve, assumed=assumed, fixed_rows=fixed_rows or request.fixed_rows,
+            recompute=recompute or request.recompute,
+        )  # fmt: skip
+        chosen, counted, refused = _that_run(found, room, count)
     else:
         chosen = [planned(request.job, wanted.fitted(cluster.world), cluster, assumed)]
+    if chosen and counted is None:
+        counted = count(chosen[0].job, chosen[0].layout)
     if tokens is None and request.steps is not None:
         tokens = float(request.steps * request.job.tokens)
-    room = cluster.device.memory - reserve
-    cuda = not cluster.device.name.startswith("CPU")
-    counted = [count_exactly(c.job, c.layout, request.optimizer, cuda=cuda, rates=rates) for c in chosen[:1]]
     plan: JsonValue = {
         "kind": "training",
         "name": request.name,
@@ -57,19 +81,72 @@ def training_plan(
         "machine": _machine(cluster, reserve),
         "step": _step(request.job),
         "layouts": [
-            _layout(c, room, tokens, price) | (_counted(counted[i], room) if i < len(counted) else {})
+            _layout(c, room, tokens, price) | (_counted(counted, room) if counted is not None and not i else {})
             for i, c in enumerate(chosen)
         ],
-        "searched": None if found is None else {"tried": found.tried, "failed": found.failed, "fits": bool(found.best)},
+        "searched": None if found is None else _searched(found, refused),
         "tokens": tokens,
         "price_per_gpu_hour": price,
         "assumptions": assumed.__dict__,
         "notes": request.notes,
     }
-    if chosen:
-        plan["formulas"] = [_formula(row) for row in classic_table(chosen[0], counted[0].memory)]
+    if counted is not None:
+        plan["formulas"] = [_formula(row) for row in classic_table(chosen[0], counted.memory)]
     plan["compute_optimal"] = _compute_optimal(request.job, tokens)
     return plan
+
+
+def merged_layout(asked: Layout | None, given: Layout | dict[str, Any] | None) -> Layout | None:
+    """`given` fields over those that were asked for; a whole layout stands for itself."""
+    if given is None or isinstance(given, Layout):
+        return given or asked
+    if not given:
+        return asked
+    fields = {} if asked is None else {name: getattr(asked, name) for name in asked.model_fields_set}
+    try:
+        return Layout.model_validate({**fields, **given})
+    except ValidationError as error:
+        first = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise HanlinError(f"This layout is not one: {first}.") from None
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A layout that fits by the closed form and not by the run; peak: bytes of the run."""
+
+    candidate: Candidate
+    peak: int
+
+
+def _that_run(
+    found: Found, room: float, count: Callable[[Job, Layout], Counted]
+) -> tuple[list[Candidate], Counted | None, list[Refused]]:
+    """The layouts to show, the first of which fits by the run too, its count, and what did not. Each refusal takes
+    those of the same axes away that would need more than there is, were their closed form as wrong."""
+    if not found.best:
+        return ([found.nearest] if found.nearest else []), None, []
+    left, refused = found.fitting, []
+    for _ in range(MOST_RUNS):
+        if not left:
+            break
+        first = fastest(left)[0]
+        counted = count(first.job, first.layout)
+        if counted.memory is None or counted.memory.peak <= room:
+            return fastest(left)[:SHOWN], counted, refused
+        refused.append(Refused(first, counted.memory.peak))
+        limit, axes = room * first.bytes / counted.memory.peak, used_axes(first.layout)
+        left = [c for c in left if c is not first and (used_axes(c.layout) != axes or c.bytes <= limit)]
+    return fastest(left)[:SHOWN] or found.best, None, refused
+
+
+def _searched(found: Found, refused: list[Refused]) -> JsonValue:
+    """What the search tried, and why the others fail, those by the run among them."""
+    failed = dict(found.failed)
+    for r in refused:
+        c = r.candidate
+        name = f"{describe_layout(c.layout)}, {c.job.micro_batch} rows at once, recompute {c.job.recompute}"
+        failed[f"out of memory when run: {name}: {r.peak / GIB:.1f} GiB, closed form {c.bytes / GIB:.1f}"] = 1
+    return {"tried": found.tried, "failed": failed, "fits": bool(found.best)}
 
 
 def planned(job: Job, layout: Layout, cluster: Cluster, assumed: Assumptions) -> Candidate:
@@ -85,10 +162,11 @@ def classic_table(candidate: Candidate, run: Memory | None = None) -> list[f.For
     parameters = config.parameters()
     total, s, b = float(parameters.total), job.length, job.micro_batch
     exact_flops = 3.0 * sizes.flops(s).total * job.batch
-    states = sum(candidate.memory[name] for name in ("weights", "gradients", "optimiser"))
+    several = replace(job, batch=2 * job.batch)  # then all gradients are there at the fullest moment
+    states = sum(fullest(several, layout)[name] for name in ("weights", "gradients", "optimiser"))
     replicas = (layout.data or 1) * layout.context
-    full = replace(job, method="full", recompute="none")
-    plain = closed_memory(replace(full, micro_batch=b), Layout().fitted(1))
+    full = replace(several, method="full", recompute="none")
+    plain = closed_memory(full, Layout().fitted(1))
     a = config.layers[0].attention
     table = [
         f.Formula("parameters", "12 l h^2 + V h", "arXiv:2001.08361", "parameters", f.parameters_12lh2(config), total,
@@ -111,7 +189,8 @@ def classic_table(candidate: Candidate, run: Memory | None = None) -> list[f.For
                   f.activations_gpt(config, s, b, recompute="selective"), plain["activations"],
                   "dropout masks; 4 h feed-forward without a gate"),
         f.Formula("activations, GQA + gate + flash", "s b (2 (4 h + 2 H + 2 K + 3 f) + 4 a) l", "arXiv:2305.13245",
-                  "bytes", f.activations_modern(config, s, b, itemsize=job.itemsize), plain["activations"], ""),
+                  "bytes", f.activations_modern(config, s, b, itemsize=job.itemsize), plain["activations"],
+                  "queries and keys before their rotation, attention's output twice; experts keep less"),
         f.Formula("activations, all recomputed", "2 s b h l", "arXiv:1604.06174", "bytes",
                   f.activations_gpt(config, s, b, recompute="full"),
                   closed_memory(replace(full, recompute="full"), Layout().fitted(1))["activations"],

@@ -14,6 +14,7 @@ from hanlin.models import ModelConfig, load_config
 from hanlin.models.places import find_model
 from hanlin.parallel.settings import Layout
 from hanlin.plan.closed import Job
+from hanlin.plan.formulas import Recompute
 from hanlin.plan.known import KNOWN, known_config
 from hanlin.plan.shares import Sizes
 from hanlin.tokens import Tokenizer
@@ -27,7 +28,8 @@ RECOMPUTED = {"none": "none", "full": "full", "operators": "selective", "layers"
 @dataclass(frozen=True)
 class Request:
     """name: for people; job: one optimizer step; layout: what was asked for (None: to be searched); steps: of the run,
-    where known; notes: what was assumed; optimizer: as the trainer takes it."""
+    where known; notes: what was assumed; optimizer: as the trainer takes it; fixed_rows: the rows of a micro-batch were
+    asked for; recompute: what was asked for (None: to be searched)."""
 
     name: str
     job: Job
@@ -35,6 +37,8 @@ class Request:
     optimizer: OptimizerChoice
     steps: int | None
     notes: list[str]
+    fixed_rows: bool = False
+    recompute: Recompute | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,8 @@ def read_request(source: str, *, vocab_size: int | None = None, overrides: dict[
     if "batch" not in given:
         given["batch"] = ROWS
         notes.append(f"{ROWS} rows a step (--batch)")
-    return Request(source, _job(config, given), None, AdamW(), None, notes)
+    asked = {"fixed_rows": "micro_batch" in given, "recompute": given.get("recompute")}
+    return Request(source, _job(config, given), None, AdamW(), None, notes, **asked)
 
 
 def model_config(source: str) -> ModelConfig:
@@ -108,17 +113,22 @@ def _from_recipe(path: Path, vocab_size: int | None, given: dict[str, Any]) -> R
         "length": length,
         "precision": "bf16" if train.precision == "auto" else train.precision,
         "states": states_bytes(train.optimizer),
-        "recompute": RECOMPUTED[train.recompute.kind],
+        "average": 4.0 if train.average is not None else 0.0,
     }
+    if "recompute" in train.model_fields_set:
+        said["recompute"] = RECOMPUTED[train.recompute.kind]
     if train.precision == "auto":
         notes.append("precision auto is planned as bf16")
     if train.recompute.kind == "layers":
         notes.append("recompute of some layers is planned as of all")
+    if train.offload is not None:
+        notes.append("train.offload is not modelled: activations are planned as if all of them stayed on the device")
     if train.micro_batch_size is not None:
         said["micro_batch"] = train.micro_batch_size
-    job = _job(config, said | given)
+    said |= given
+    asked = {"fixed_rows": "micro_batch" in said, "recompute": said.get("recompute")}
     layout = None if recipe.parallel == Layout() else recipe.parallel
-    return Request(recipe.name, job, layout, train.optimizer, train.steps, notes)
+    return Request(recipe.name, _job(config, said), layout, train.optimizer, train.steps, notes, **asked)
 
 
 def states_bytes(optimizer: OptimizerChoice) -> float:

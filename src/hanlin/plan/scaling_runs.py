@@ -11,7 +11,7 @@ from typing import Any
 
 from hanlin.align.recipe import TrainRecipe
 from hanlin.core.errors import HanlinError
-from hanlin.core.files import atomic_path
+from hanlin.core.figures import save_figure
 from hanlin.core.runs import Run
 from hanlin.models import ModelConfig, load_config
 from hanlin.plan.request import recipe_config
@@ -31,6 +31,7 @@ def read_points(folders: Sequence[Path], *, vocab_size: int | None = None) -> tu
     held_out = all(history.last(HELD_OUT) is not None for history in histories)
     points = []
     for history in histories:
+        _refuse_unfinished(history)
         tokens = history.last("tokens")
         loss = history.last(HELD_OUT) if held_out else _tail(history)
         if tokens is None or loss is None:
@@ -98,8 +99,24 @@ def draw_law(points: Sequence[Point], fit: Fit, budgets: Sequence[Budget], path:
     )  # fmt: skip
     for axes in (left, right):
         _dress(axes)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format=path.suffix.lstrip(".") or "png")
+    save_figure(figure, path)
+
+
+def _refuse_unfinished(history: RunHistory) -> None:
+    """A run without its model is finished only if its last step is the last that the recipe plans."""
+    if history.finished:
+        return
+    step, steps = int(history.last("step") or 0), history.steps
+    if steps is None:
+        raise HanlinError(
+            f"{history.path} has no model folder, and its recipe names no steps, so whether it is finished is unknown; "
+            "leave it out."
+        )
+    if step < steps:
+        raise HanlinError(
+            f"{history.path} is not finished: step {step} of {steps}, no model folder. Its learning rate has not come "
+            "down yet, so its loss is no point of a law; let it finish, or leave it out."
+        )
 
 
 def _tail(history: RunHistory) -> float | None:

@@ -46,12 +46,13 @@ class Candidate:
 @dataclass(frozen=True)
 class Found:
     """best: those that fit, fastest first, one for each set of axes; failed: {reason: how many variants};
-    nearest: the variant that needs the least memory, where none fits; tried: variants in all."""
+    nearest: the variant that needs the least memory, where none fits; tried: variants in all; fitting: all that fit."""
 
     best: list[Candidate]
     failed: dict[str, int]
     nearest: Candidate | None
     tried: int
+    fitting: list[Candidate]
 
 
 def search(
@@ -64,7 +65,7 @@ def search(
     """
     room = cluster.device.memory - reserve
     failed: Counter[str] = Counter()
-    fastest: dict[tuple[bool, ...], Candidate] = {}
+    fitting: list[Candidate] = []
     smallest: tuple[float, Layout, Job] | None = None
     tried = 0
     for split in _splits(cluster.world):
@@ -88,16 +89,29 @@ def search(
                 if smallest is None or need < smallest[0]:
                     smallest = need, variant, work
                 continue
-            found = Candidate(variant, work, place, step_time(work, variant, cluster, assumed))
-            axes = tuple(n > 1 for n in (*split, variant.expert))
-            if axes not in fastest or found.time.seconds < fastest[axes].time.seconds:
-                fastest[axes] = found
-    best = _plainest_first(sorted(fastest.values(), key=lambda c: c.time.seconds))[:keep]
+            fitting.append(Candidate(variant, work, place, step_time(work, variant, cluster, assumed)))
+    best = fastest(fitting)[:keep]
     nearest = None
     if smallest is not None and not best:
         _, layout, work = smallest
         nearest = Candidate(layout, work, fullest(work, layout), step_time(work, layout, cluster, assumed))
-    return Found(best, dict(failed.most_common()), nearest, tried)
+    return Found(best, dict(failed.most_common()), nearest, tried, fitting)
+
+
+def fastest(candidates: list[Candidate]) -> list[Candidate]:
+    """The fastest of each set of axes, in order."""
+    found: dict[tuple[bool, ...], Candidate] = {}
+    for candidate in candidates:
+        axes = used_axes(candidate.layout)
+        if axes not in found or candidate.time.seconds < found[axes].time.seconds:
+            found[axes] = candidate
+    return _plainest_first(sorted(found.values(), key=lambda c: c.time.seconds))
+
+
+def used_axes(layout: Layout) -> tuple[bool, ...]:
+    """Which axes have several ranks."""
+    sizes = (layout.pipeline, layout.data or 1, layout.context, layout.tensor, layout.expert)
+    return tuple(n > 1 for n in sizes)
 
 
 def why_not(job: Job, layout: Layout, cluster: Cluster | None = None) -> str | None:

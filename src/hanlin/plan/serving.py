@@ -132,7 +132,12 @@ def serve(
 ) -> Service:
     """What `cluster` serves of this model. tensor: devices of a replica (None: the fewest that hold the weights and
     leave a quarter of them for caches, a divisor of the node, or whole nodes). set_aside: bytes of a replica that keep
-    prompts for later. Weights that do not fit, and dtypes without a name here, are a `HanlinError`."""
+    prompts for later. Weights that do not fit, dtypes without a name here, and models that do not decode, or that read
+    the prompt in an encoder, are a `HanlinError`."""
+    if config.head is None or not config.is_causal:
+        raise HanlinError(f"{config.family} writes no text: it is an encoder, so there is no decoding to plan.")
+    if config.encoder:
+        raise HanlinError(f"{config.family} reads its prompt in an encoder; serving is planned for decoders only.")
     for given in (dtype, cache_dtype):
         if given not in BYTES:
             raise HanlinError(f"{given!r} is no dtype for serving; it is one of: {', '.join(BYTES)}.")
@@ -142,7 +147,7 @@ def serve(
     if tensor is None:
         fitting = [n for n in _groups(cluster) if n * each - weights - set_aside > 0.25 * weights]
         tensor = fitting[0] if fitting else cluster.world
-    if cluster.world % tensor:
+    if tensor < 1 or cluster.world % tensor:
         raise HanlinError(f"{tensor} devices a replica do not divide the {cluster.world} of {cluster}.")
     room = tensor * each - weights - set_aside
     if room <= 0:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from hanlin.models.accounting import count_flops, layer_products
 from hanlin.models.config import AttentionConfig, ExpertsConfig, LatentAttentionConfig, LayerConfig, ModelConfig
+from hanlin.nn.rope import Rope
 from hanlin.parallel.settings import Layout, Schedule
 from hanlin.parallel.stages import rank_stages, stage_layers
 from hanlin.plan.formulas import layer_activations_modern
@@ -81,6 +82,7 @@ class Sizes:
         self._shares: dict[tuple[int, int, int, int, int, Schedule], Share] = {}
         self._flops: dict[int, RowFlops] = {}
         self._stored: dict[int, list[float]] = {}
+        self._results: dict[int, list[tuple[float, float]]] = {}
 
     def share(self, layout: Layout, place: int = 0) -> Share:
         """What the ranks of pipeline place `place` hold."""
@@ -96,11 +98,22 @@ class Sizes:
         return self._flops[length]
 
     def stored(self, itemsize: int) -> list[float]:
-        """Bytes of activations that backward needs of each kind of layer, a token."""
+        """Bytes of activations that backward needs of each kind of layer, a token, as this code keeps them."""
         if itemsize not in self._stored:
-            found = [layer_activations_modern(self.config, layer, 1, 1, itemsize=itemsize) for layer in self.kinds]
-            self._stored[itemsize] = found
+            self._stored[itemsize] = [_stored(self.config, layer, itemsize) for layer in self.kinds]
         return self._stored[itemsize]
+
+    def results(self, itemsize: int) -> list[tuple[float, float]]:
+        """Bytes of what products and attention give in each kind of layer, a token: (what tensor ranks share, what each
+        has whole). `train.recompute` keeps these under `operators`."""
+        if itemsize not in self._results:
+            self._results[itemsize] = [_results(self.config, layer, itemsize) for layer in self.kinds]
+        return self._results[itemsize]
+
+    def routing(self, kind: int) -> float:
+        """Bytes that a router's choices take, a token: fp32 logits and scores, numbers and weights of the chosen."""
+        f = self.kinds[kind].feed_forward
+        return 8.0 * f.count + 12.0 * f.router.top_k if isinstance(f, ExpertsConfig) else 0.0
 
     def chosen(self, kind: int) -> int:
         """Routed experts that a token goes through."""
@@ -177,6 +190,36 @@ def _layer_size(config: ModelConfig, layer: LayerConfig) -> LayerSize:
     elif isinstance(a, LatentAttentionConfig):
         whole += a.kv_rank + (a.q_rank or 0)
     return LayerSize(cut, whole, experts, matrices, adapted)
+
+
+def _stored(config: ModelConfig, layer: LayerConfig, itemsize: int) -> float:
+    """`layer_activations_modern`, and what is otherwise here: queries and keys stay before their rotation, too (one
+    product makes q, k and v), attention's output before heads are joined; experts make sorted rows and activations
+    again, and keep what the router said."""
+    a, f, more = layer.attention, layer.feed_forward, 0.0
+    if isinstance(a, AttentionConfig):
+        turned = isinstance(a.position, Rope) and not a.qk_norm
+        more += a.heads * a.head_dim + turned * (a.heads + a.kv_heads) * a.head_dim
+    elif isinstance(a, LatentAttentionConfig):
+        more += a.heads * (a.nope_dim + a.value_dim) + (a.q_rank or 0)
+    apart = 0.0
+    if isinstance(f, ExpertsConfig):
+        more -= f.router.top_k * (config.width + f.hidden)
+        wide = 4.0 * config.width if f.router.wide and itemsize == 2 else 0.0  # what the router reads, in fp32
+        apart = 8.0 * f.count + 12.0 * f.router.top_k + wide
+    return layer_activations_modern(config, layer, 1, 1, itemsize=itemsize) + itemsize * more + apart
+
+
+def _results(config: ModelConfig, layer: LayerConfig, itemsize: int) -> tuple[float, float]:
+    a = layer.attention
+    _, _, value = a.kv_shape
+    cut, whole = itemsize * a.heads * value + 4.0 * a.heads, 0.0
+    for p in layer_products(config, layer):
+        if p.out == config.width or p.part == "router":
+            whole += itemsize * p.active * p.out
+        else:
+            cut += itemsize * p.active * p.out
+    return cut, whole
 
 
 def _score_flops(layer: LayerConfig, length: int) -> float:

@@ -1,7 +1,8 @@
 """How long an optimizer step takes on a given machine: a roofline over products, memory and links.
 
-    products   FLOPs of a rank / (peak x `matmul`), recompute adds a forward pass (full) or its scores (selective)
-    traffic    bytes that norms, activations, residuals and casts move / (bandwidth x `memory`)
+    products   FLOPs of a rank / (peak x `matmul`), full recompute adds a forward pass
+    traffic    bytes that norms, activations, residuals and casts move / (bandwidth x `memory`); selective recompute
+               keeps the results of products and attention, and writes and reads again what lies between
     optimiser  (reads of w, g, m, v and writes of w, m, v) / bandwidth
     bubble     a pipeline of P ranks waits (P - 1) / (M v) of the work (arXiv:2104.04473); naive: P - 1 times the work;
                zero bubble: a third of it is left, since gradients of weights fill the rest (arXiv:2401.10241)
@@ -97,7 +98,8 @@ def step_time(job: Job, layout: Layout, cluster: Cluster, assumed: Assumptions |
     busy = (forward + backward) * m + traffic + inner
     bubble = busy * bubble_share(layout, m)
     numbers = _stepped(job, layout)
-    optimiser = numbers * (20.0 + 2 * job.states - (0 if job.states else 8)) / (device.bandwidth * a.memory)
+    moved = 20.0 + 2 * job.states - (0 if job.states else 8) + 2 * job.average
+    optimiser = numbers * moved / (device.bandwidth * a.memory)
     whole = job.sizes.flops(job.length).total * job.batch
     return StepTime(
         (forward + backward) * m, traffic, optimiser, bubble, paid, hidden, job.tokens,
@@ -124,9 +126,7 @@ def _products(job: Job, layout: Layout, peak: float, a: Assumptions) -> tuple[fl
     place = job.sizes.busiest(layout, job.length)
     share = job.micro_batch / (layout.tensor * layout.context)
     one = job.sizes.stage_flops(layout, place, job.length) * share
-    scores = job.sizes.flops(job.length).scores
-    scores = sum(scores[k] * n for k, n in job.sizes.share(layout, place).kinds.items()) * share
-    again = {"none": 0.0, "selective": scores, "full": one}[job.recompute]
+    again = one if job.recompute == "full" else 0.0
     back = 2.0 * one if job.method == "full" else one  # frozen matrices have no gradient of their own
     return one / rate, (back + again) / rate
 
@@ -135,10 +135,15 @@ def _traffic(job: Job, layout: Layout) -> float:
     """Bytes that one micro-batch moves outside of products on a rank."""
     share = job.sizes.share(layout, job.sizes.busiest(layout, job.length))
     stored = job.sizes.stored(job.itemsize)
-    stored = sum(stored[k] * n for k, n in share.kinds.items()) * job.micro_batch * job.length / layout.context
+    tokens = job.micro_batch * job.length / layout.context
+    again = 0.0
+    if job.recompute == "selective":
+        results = job.sizes.results(job.itemsize)
+        again = sum(max(0.0, stored[k] - sum(results[k])) * n for k, n in share.kinds.items()) * tokens
+    stored = sum(stored[k] * n for k, n in share.kinds.items()) * tokens
     cast = 0.0 if job.masters or job.precision == "fp32" or job.method != "full" else 6.0 * share.total
     gradients = 8.0 * share.total if job.method == "full" else 0.0  # added up: read and written
-    return stored / layout.tensor * Assumptions().passes + cast + gradients
+    return (stored * Assumptions().passes + 2 * again) / layout.tensor + cast + gradients
 
 
 def _stepped(job: Job, layout: Layout) -> float:

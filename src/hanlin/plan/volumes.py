@@ -10,7 +10,8 @@
                (arXiv:2309.14509)
     expert     a token goes to its k experts and comes back: 4 k b s h a layer over both ways (arXiv:2006.16668)
     replicas   DDP one sum of Phi (2 Phi on the wire); ZeRO-1 and ZeRO-2 scatter gradients and gather weights: 2 Phi;
-               ZeRO-3 gathers twice and scatters once: 3 Phi (arXiv:1910.02054)
+               ZeRO-3 gathers twice and scatters once: 3 Phi (arXiv:1910.02054); LoRA's Phi is A and B, but ZeRO-3
+               gathers the frozen layers, too, for each forward and each backward
 
 Wire bytes are what one rank sends: (n - 1) / n of the payload of a gather, scatter or exchange, twice that for a sum.
 """
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 
 from hanlin.models.config import ExpertsConfig, LatentAttentionConfig, LayerConfig
 from hanlin.parallel.settings import Layout
-from hanlin.plan.closed import Job, lora_numbers, micro_batches
+from hanlin.plan.closed import Job, lora_numbers, micro_batches, weight_rates
 
 
 @dataclass(frozen=True)
@@ -121,4 +122,11 @@ def _replicas(job: Job, layout: Layout, m: int) -> Volume:
             total += one_way((m + 1) * phi, ranks, (m + 1) * calls)
         else:
             total += one_way(3 * m * phi, ranks, 3 * m * calls)
+    if job.method != "full" and layout.shard == "zero3":  # frozen layers: for each forward and each backward
+        layer, rest = weight_rates(job)
+        outside = share.embedding + share.head
+        for numbers, ranks in ((share.dense - outside, replicas), (share.experts, replicas // layout.expert)):
+            if ranks > 1 and numbers:
+                total += one_way(2 * m * layer * numbers, ranks, 2 * m * share.layers)
+        total += one_way(rest * outside, replicas) if replicas > 1 else Volume(0.0, 0.0, 0.0)
     return total
