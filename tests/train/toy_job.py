@@ -3,7 +3,8 @@
     python toy_job.py FOLDER STEPS [--hurt RANK:STEP:HOW ...] [--pause SECONDS] [--save-every N] [--whole]
 
 HOW: kill (SIGKILL), mistake (HanlinError), bug (an exception), in the first try only; "kill*" in every try.
-Writes FOLDER/weights.json when done. It joins, saves and continues exactly as the trainer does.
+Writes FOLDER/begun-RANK, with its process id, once it handles signals, and FOLDER/weights.json when done. It joins,
+saves and continues exactly as the trainer does.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from hanlin.core.errors import HanlinError
-from hanlin.core.files import write_json
+from hanlin.core.files import write_json, write_text
 from hanlin.core.progress import say
 from hanlin.core.runs import Run
 from hanlin.parallel.joining import join_group
@@ -72,6 +73,7 @@ def work(arguments: argparse.Namespace) -> None:
                 found.put(tensor)
             step = found.step
             print(f"rank {rank} continues from {step}", flush=True)
+        write_text(Path(arguments.folder) / f"begun-{rank}", str(os.getpid()))
         while step < arguments.steps:
             if summed(torch.tensor(float(bool(asked))), world) > 0:
                 keeper.save(Checkpoint({"step": step}, held(weights)), None)

@@ -85,6 +85,8 @@ def launch(
     """
     if nproc < 1:
         raise HanlinError(f"--nproc is the number of processes, 1 or more; found {nproc}.")
+    if restarts < 0:
+        raise HanlinError(f"--restarts is how often a run starts again, 0 or more; found {restarts}.")
     if inside := next((name for name in ("RANK", "WORLD_SIZE", LAUNCHER) if name in os.environ), None):
         raise HanlinError(
             f"--nproc starts processes, but this is one of several already ({inside} is set). Leave --nproc out: "
@@ -188,6 +190,8 @@ def _culprit(workers: list[Worker]) -> Worker | None:
     def weight(worker: Worker) -> int:
         code = worker.code or 0
         if worker.ended_by_us or code in (LOST_ANOTHER, -signal.SIGTERM):
+            return 4
+        if code == -signal.SIGABRT:  # torch's threads may end their process so when another is lost
             return 3
         return 0 if code < 0 else 1 if code == EXPLAINED else 2
 
@@ -197,7 +201,7 @@ def _culprit(workers: list[Worker]) -> Worker | None:
 
 def _explain(failed: Worker) -> None:
     """Show why, unless the first rank has shown it on the terminal."""
-    if failed.log is None or (failed.code or 0) < 0:
+    if failed.log is None or failed.code == -signal.SIGKILL:
         return
     if failed.code == EXPLAINED:
         print(failed.tail(), file=sys.stderr)

@@ -6,19 +6,24 @@
     mpirun -np 8                             Open MPI
 
 The command is the same in all four; a process reads its place from the environment.
+
+How a process ends decides what its launcher makes of it, so the end is made by hand where torch would spoil it: a
+thread of gloo that frees its last tensor asks for Python's lock, and if the interpreter is just closing, Python before
+3.14 ends that thread in a way that C++ answers with SIGABRT.
 """
 
 import os
 import re
+import secrets
 import signal
 import sys
 import threading
 import time
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -29,6 +34,8 @@ from hanlin.core.launch import LAUNCHER, LOST_ANOTHER
 
 Backend = Literal["gloo", "nccl", "mpi"]
 TIMEOUT = timedelta(minutes=30)  # of a collective; the slowest step of a run must be shorter
+LAST_TENSORS = 0.1  # seconds in which gloo's threads free what they hold, before the interpreter closes
+ORPHANED = 60.0  # seconds that a process without its launcher gets to start or to finish, when it takes no SIGTERM
 LOST = re.compile(  # what gloo, NCCL and the store say when a process that they talk to is gone
     r"connection (closed|reset|refused)|broken pipe|remote process exited|peer closed|pair closure"
     r"|socket (closed|timeout)|timed? ?out|nccl (communicator was )?abort|failed to recv|(read|write) ?error",
@@ -91,7 +98,8 @@ def join_group(
 
     device: "auto", "cpu" or "cuda": each process of a machine takes the GPU of its local rank. backend: None: nccl on
     GPUs, gloo on CPUs. `HanlinError` if the others are not found. When another process is lost inside, this one ends
-    with a line instead of a traceback and exit code `LOST_ANOTHER`, which a launcher answers by starting all again.
+    at once with a line instead of a traceback and exit code `LOST_ANOTHER`, which a launcher answers by starting all
+    again: what is to be finished is finished inside.
     """
     seat = Seat.read(os.environ)
     if seat is None or seat.world == 1:
@@ -102,15 +110,17 @@ def join_group(
     _initialise(seat, place, backend, timeout)
     try:
         yield place
+        if dist.is_initialized():  # not after an error: the others may never answer
+            dist.destroy_process_group()
     except RuntimeError as error:
         sign = LOST.search(str(error))
         if sign is None and not isinstance(error, dist.DistError):
             raise
         reason = sign[0].lower() if sign else str(error).strip().splitlines()[0]
         print(f"Process {seat.rank} ends: another process of this run was lost ({reason}).", file=sys.stderr)
-        raise SystemExit(LOST_ANOTHER) from None
-    if dist.is_initialized():  # not after an error: the others may never answer
-        dist.destroy_process_group()
+        _leave(LOST_ANOTHER)
+    finally:
+        time.sleep(LAST_TENSORS)  # leaves Python's lock to gloo's threads
 
 
 def first_host(names: str) -> str:
@@ -159,9 +169,12 @@ def _initialise(seat: Seat, device: torch.device, backend: Backend | None, timeo
         if backend == "mpi":  # it asks MPI itself who it is
             dist.init_process_group("mpi")
             return
+        meet: dict[str, Any] = {"init_method": f"tcp://{seat.address}:{seat.port}"}
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            meet = {"store": _fresh_corner(seat, timeout)}
         dist.init_process_group(
-            backend, init_method=f"tcp://{seat.address}:{seat.port}", rank=seat.rank, world_size=seat.world,
-            timeout=timeout, device_id=device if backend == "nccl" else None,
+            backend, **meet, rank=seat.rank, world_size=seat.world, timeout=timeout,
+            device_id=device if backend == "nccl" else None,
         )  # fmt: skip
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -174,6 +187,41 @@ def _initialise(seat: Seat, device: torch.device, backend: Backend | None, timeo
         ) from error
 
 
+def _fresh_corner(seat: Seat, timeout: timedelta) -> dist.Store:
+    """A corner of torchrun's store in which no earlier try of this run has written.
+
+    Across machines torchrun keeps one store for all tries and its workers find there the addresses of those that are
+    dead (pytorch issues 135712, 167288); the number of the try, which could tell them apart, differs between machines.
+    So the first process draws a name and tells it to each of the others under a question that only a living one asked.
+    """
+    store = dist.TCPStore(seat.address, seat.port, seat.world, is_master=False, timeout=timeout)
+    meeting = dist.PrefixStore("hanlin", store)
+    own = secrets.token_hex(8)
+    if seat.rank:
+        meeting.set(f"question-{seat.rank}", own)
+        name = meeting.get(f"answer-{own}").decode()
+        meeting.set(f"{name}-{seat.rank}", "heard")
+        return dist.PrefixStore(name, store)
+    missing, end = set(range(1, seat.world)), time.monotonic() + timeout.total_seconds()
+    while missing:
+        for rank in sorted(missing):
+            if meeting.check([f"question-{rank}"]):  # perhaps an old one: its answer harms nobody
+                meeting.set(f"answer-{meeting.get(f'question-{rank}').decode()}", own)
+        missing = {rank for rank in missing if not meeting.check([f"{own}-{rank}"])}
+        if missing and time.monotonic() > end:
+            raise RuntimeError(f"no sign of the processes {sorted(missing)} for {timeout.total_seconds():.0f} s.")
+        time.sleep(0.02)
+    return dist.PrefixStore(own, store)
+
+
+def _leave(code: int) -> NoReturn:
+    """End this process without closing the interpreter, which would wait for, or stumble over, threads of torch."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # closed by whoever read it
+            stream.flush()
+    os._exit(code)
+
+
 def _end_with_launcher() -> None:
     """Save and end, as at SIGTERM, when the launcher is gone: nobody would end this process later."""
     launcher = int(os.environ.get(LAUNCHER, "0"))
@@ -183,6 +231,9 @@ def _end_with_launcher() -> None:
     def watch() -> None:
         while os.getppid() == launcher:
             time.sleep(1.0)
+        end = time.monotonic() + ORPHANED
+        while signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and time.monotonic() < end:
+            time.sleep(0.1)  # it starts, or writes its last checkpoint because another was asked first: not to be cut
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, name="launcher", daemon=True).start()
