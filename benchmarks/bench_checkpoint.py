@@ -189,7 +189,7 @@ def measure(size: str, turns: int, steps: int, folder: Path) -> tuple[int, dict[
             self.keeper.finish()
             block.wait = time.perf_counter() - start
             block.writing = self.keeper.writing if self.side == "background" else 0.0
-            if self.warm:
+            if self.warm and len(block.steps) == steps:  # a run that was stopped ends in the middle of one
                 found[self.side].append(block)
             told = f"{block.wall:.2f} s, pause {block.pause:.3f} s, had {block.had:.0%}"
             print(f"{size} step {self.state.step}: {self.side} {told}", file=sys.stderr)

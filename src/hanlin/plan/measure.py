@@ -57,9 +57,10 @@ def memory_changes(recorded: profile) -> list[tuple[int, int]]:
 
 
 def measured_seconds(bench: Bench, *, steps: int = 5, clock: Callable[[], float] = time.perf_counter) -> list[float]:
-    """Seconds of each of `steps` steps, after one to warm up."""
+    """Seconds of each of `steps` steps over rows of their own, after one to warm up."""
     found = []
-    for _ in range(steps + 1):
+    for number in range(steps + 1):
+        bench.renew(number)
         start = clock()
         bench.step()
         if bench.device.type == "cuda":

@@ -79,6 +79,7 @@ class Work:
 class Bench:
     """A model, its optimiser and the micro-batches of a step."""
 
+    config: ModelConfig
     work: Work
     model: Transformer
     optimizer: Optimizer
@@ -86,6 +87,11 @@ class Bench:
     parts: list[Batch]
     totals: dict[str, float]
     device: torch.device
+
+    def renew(self, number: int) -> None:
+        """Other rows, as many: tokens go to other experts, in other numbers."""
+        count = self.work.micro_batches
+        self.parts = [make_batch(self.config, self.work, number * count + i) for i in range(count)]
 
     def step(self, stage: Stage | None = None) -> float:
         """One optimizer step, as `Trainer.backward` and what follows it; returns the loss."""
@@ -141,7 +147,7 @@ def open_bench(
     for batch in parts:
         for name, count in objective.count(batch).items():
             totals[name] = totals.get(name, 0.0) + count
-    return Bench(work, model, optimizer, objective, parts, totals, device)
+    return Bench(config, work, model, optimizer, objective, parts, totals, device)
 
 
 @contextmanager

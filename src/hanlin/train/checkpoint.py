@@ -5,20 +5,20 @@ One process (or several that all hold the whole model) writes files that anybody
     model.safetensors      weights under their Hugging Face names (a tied head once)
     optimizer.safetensors  the optimiser's tensors, "NAME/exp_avg" ..., averages, and torch's random states "random/cpu"
     state.json             step, tokens, seconds, what decides the run (settings, data, model), random states
-    manifest.json          SHA-256 and size of the three
+    manifest.json          CRC-32 and size of the three
 
 Several processes with a part of the model each write `rank-R.safetensors`, every piece once; the manifest lists them
 and how each piece sits in its whole tensor (`train.sharded`), so that any number of processes reads them (`reader`).
 
 The folder is written under a temporary name, fsynced and renamed, so a killed process leaves no half of one. What a
-disk or a person damages later is found by the hashes: then the checkpoint before it is taken, and the damaged folder is
-set aside as `damaged-step-N`. Nothing here is pickle.
+disk or a person damages later is found by the checksums: then the checkpoint before it is taken, and the damaged folder
+is set aside as `damaged-step-N`. Nothing here is pickle.
 """
 
-import hashlib
 import json
 import shutil
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -74,12 +74,14 @@ def write_checkpoint(folder: Path, step: int, state: bytes, tensors: Mapping[str
         files[file][key] = tensor
     with atomic_folder(folder) as temporary:
         (temporary / STATE).write_bytes(state)
-        hashes = {file: write_tensors(temporary / file, own) for file, own in files.items()}
-        hashes[STATE] = hashlib.sha256(state).hexdigest()
-        about = {
-            file: {"sha256": digest, "bytes": (temporary / file).stat().st_size} for file, digest in hashes.items()
-        }
+        sums = {file: write_tensors(temporary / file, own) for file, own in files.items()}
+        sums[STATE] = _crc32(state)
+        about = {file: {"crc32": found, "bytes": (temporary / file).stat().st_size} for file, found in sums.items()}
         _write_manifest(temporary, {"format": ONE_FILE_SET, "step": step, "files": about})
+
+
+def _crc32(data: bytes) -> str:
+    return f"{zlib.crc32(data):08x}"
 
 
 def shared_folder(folder: Path) -> Path:
@@ -93,10 +95,10 @@ def write_part(folder: Path, rank: int, tensors: Mapping[str, Tensor]) -> None:
     try:
         with disk_errors(folder):
             file = temporary / part_file(rank)
-            digest = write_tensors(file, tensors)
+            found = write_tensors(file, tensors)
             fsync(file)
             report = temporary / f"{_report(rank)}.new"
-            report.write_text(json.dumps({"sha256": digest, "bytes": file.stat().st_size}))
+            report.write_text(json.dumps({"crc32": found, "bytes": file.stat().st_size}))
             report.replace(temporary / _report(rank))
     except BaseException:
         with suppress(OSError):  # an empty file fits on a full disk
@@ -123,7 +125,7 @@ def finish_parts(
         with disk_errors(folder):
             (temporary / STATE).write_bytes(state)
             files = {part_file(rank): report for rank, report in enumerate(reports)}
-            files[STATE] = {"sha256": hashlib.sha256(state).hexdigest(), "bytes": len(state)}
+            files[STATE] = {"crc32": _crc32(state), "bytes": len(state)}
             manifest = {"format": SHARDED, "step": step, "world": len(written), "files": files, "tensors": {}}
             for rank, places in enumerate(written):
                 for place in places:

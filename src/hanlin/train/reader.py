@@ -3,7 +3,7 @@
     format 1   model.safetensors, optimizer.safetensors        one process wrote all of it
     format 2   rank-0.safetensors, rank-1.safetensors ...      each process wrote pieces; the manifest says how they sit
 
-Names are the same in both: "weights/NAME", "optimizer/NAME/exp_avg", "average/NAME", "random/cpu". Every file's SHA-256
+Names are the same in both: "weights/NAME", "optimizer/NAME/exp_avg", "average/NAME", "random/cpu". Every file's CRC-32
 is compared before a byte of it is believed. Nothing here is pickle.
 """
 
@@ -20,14 +20,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hanlin.core.errors import HanlinError
-from hanlin.core.files import file_hash, read_json
+from hanlin.core.files import file_crc32, file_hash, read_json
 from hanlin.train.sharded import Held, Place, Share, Span, fill, join, local_shape, overlap, take
 from hanlin.train.tensor_file import DTYPES
 
 ONE_FILE_SET, SHARDED = 1, 2
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 WEIGHTS, MOMENTS, AVERAGE, RANDOM, BALANCE = "weights/", "optimizer/", "average/", "random/", "balance/"
-READERS = 8  # files hashed at a time
+READERS = 8  # files summed at a time
 
 
 class DamagedCheckpointError(HanlinError):
@@ -126,7 +126,7 @@ class CheckpointReader:
 
 
 def open_checkpoint(folder: str | os.PathLike[str], *, verify: bool = True) -> CheckpointReader:
-    """A checkpoint whose every hash holds, or `DamagedCheckpointError` that names the file and the difference.
+    """A checkpoint whose every checksum holds, or `DamagedCheckpointError` that names the file and the difference.
 
     verify=False: believe the files; for a process whose neighbour has compared them.
     """
@@ -137,7 +137,7 @@ def open_checkpoint(folder: str | os.PathLike[str], *, verify: bool = True) -> C
         raise DamagedCheckpointError(str(error)) from error
     try:
         version = manifest["format"]
-        files = {str(name): (int(about["bytes"]), str(about["sha256"])) for name, about in manifest["files"].items()}
+        files = {str(name): (int(about["bytes"]), *_sum_of(about)) for name, about in manifest["files"].items()}
         required = {STATE} | ({MODEL, OPTIMIZER} if version == ONE_FILE_SET else set())
         if version == SHARDED:
             required |= {piece["file"] for about in manifest["tensors"].values() for piece in about["pieces"]}
@@ -208,11 +208,16 @@ def _name_of(file: str, key: str) -> str:
     return key if key.startswith((AVERAGE, RANDOM, BALANCE)) else MOMENTS + key
 
 
-def _verify(file: Path, size: int, digest: str) -> None:
+def _sum_of(about: dict[str, Any]) -> tuple[str, str]:
+    """("CRC-32", digits), or of a checkpoint that an earlier version wrote ("SHA-256", digits)."""
+    return ("CRC-32", str(about["crc32"])) if "crc32" in about else ("SHA-256", str(about["sha256"]))
+
+
+def _verify(file: Path, size: int, kind: str, digits: str) -> None:
     if not file.is_file():
         raise DamagedCheckpointError(f"{file.name} is missing.")
     found = file.stat().st_size
     if found != size:
         raise DamagedCheckpointError(f"{file.name} has {found} bytes, its manifest says {size}.")
-    if file_hash(file) != digest:
-        raise DamagedCheckpointError(f"{file.name} has other contents than its manifest says (SHA-256).")
+    if (file_crc32 if kind == "CRC-32" else file_hash)(file) != digits:
+        raise DamagedCheckpointError(f"{file.name} has other contents than its manifest says ({kind}).")
