@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny_training import assert_same_bits, tiny_model, train, weights
 
 from hanlin.core.errors import HanlinError
-from hanlin.core.files import file_hash
+from hanlin.core.files import file_crc32
 from hanlin.core.runs import Run
 from hanlin.train import checkpoint
 from hanlin.train.checkpoint import newest_checkpoint
@@ -37,7 +37,7 @@ def test_tensor_files_are_safetensors_in_every_dtype_and_of_views(tmp_path):
         "名": torch.randn(2, dtype=torch.float64),
     }
     digest = write_tensors(tmp_path / "t.safetensors", tensors)
-    assert digest == file_hash(tmp_path / "t.safetensors")
+    assert digest == file_crc32(tmp_path / "t.safetensors")
     assert_same_bits(load_file(tmp_path / "t.safetensors"), tensors)
 
 
