@@ -1,4 +1,7 @@
-"""Every layout of a run, and what one process of it does: the real `Trainer` over a tiny model, in fp64."""
+"""Every layout of a run, and what one process of it does: the real `Trainer` over a tiny model, in fp64.
+
+`HANLIN_STEPS=20 pytest tests/train/test_layouts.py` takes more steps than the four of the suite.
+"""
 
 import json
 import os
@@ -19,7 +22,7 @@ from hanlin.parallel.tracer import Tracer
 from hanlin.train import CausalLM, Trainer, TrainSettings
 from hanlin.train.objective import batch_loss
 
-STEPS, ROWS, MICRO = 4, 16, 2
+STEPS, ROWS, MICRO = int(os.environ.get("HANLIN_STEPS", "4")), 16, 2
 SPARSE = ("moe", "mixed")
 
 # name -> (processes, layout, kind of model, settings besides)

@@ -1,4 +1,4 @@
-"""N processes equal one: four steps of the real trainer in every layout, fp64."""
+"""N processes equal one: four steps of the real trainer in every layout, fp64; twenty in fp32."""
 
 import pytest
 import torch
@@ -60,9 +60,9 @@ def test_a_layout_trains_what_one_process_trains(trained, alone, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize(("dtype", "losses", "weights"), [("float64", 1e-10, 1e-10), ("float32", 1e-5, 1e-4)])
-def test_twenty_steps(trained, alone, name, dtype, losses, weights):
-    compare(trained(name, dtype, 20), alone(name, dtype, 20), losses, weights)
+def test_twenty_steps_in_fp32(trained, alone, name):
+    """Losses within 1e-5, weights within 1e-4."""
+    compare(trained(name, "float32", 20), alone(name, "float32", 20), 1e-5, 1e-4)
 
 
 def compare(folder, reference, losses, weights) -> None:
