@@ -70,7 +70,7 @@ def bytes_in(folder: Path) -> int:
 
 
 def half_written(folder: Path) -> list[Path]:
-    """Pages; not the probe with which a tier tries whether it may write."""
+    """Pages whose writing has not ended."""
     return [path for path in files_in(folder) if path.name.startswith(TEMPORARY) and path.suffix == ".kv"]
 
 

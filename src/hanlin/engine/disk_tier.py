@@ -15,7 +15,7 @@ import contextlib
 import hashlib
 import math
 import os
-import secrets
+import tempfile
 import threading
 import time
 from collections import OrderedDict
@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 
 from hanlin.core.errors import HanlinError
-from hanlin.core.files import TEMPORARY
 from hanlin.core.progress import say
 from hanlin.engine.page_file import KEY_BYTES, OnDisk, footprint, list_pages, page_path, read_page, write_page
 
@@ -356,11 +355,10 @@ class DiskTier:
 
 
 def _check_writable(folder: Path) -> None:
-    probe = folder / f"{TEMPORARY}{secrets.token_hex(4)}-probe"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):  # has no name where the system can: nothing is left after a kill
+            pass
     except OSError as error:
         raise HanlinError(
             f"The KV cache on disk cannot use the folder {folder}: {error.strerror or error}. "
