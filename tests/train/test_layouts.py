@@ -9,18 +9,20 @@ from hanlin.core.metrics import read_metrics
 from hanlin.core.runs import Run
 from hanlin.train.checkpoint import open_checkpoint
 
+ONE_OF_EACH = ("ddp-moe", "zero3", "tp2", "tp4-sp", "pp4-1f1b", "cp4-ring", "ep2", "dp2-tp2-pp2")
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A function: name of a layout -> its run folder. All layouts of one number of processes are trained together."""
     root = tmp_path_factory.mktemp("layouts")
 
-    def folder(name: str, dtype: str = "float64", steps: int = STEPS):
+    def folder(name: str, dtype: str = "float64", steps: int = STEPS, cases=tuple(LAYOUTS)):
         world = LAYOUTS[name][0]
         place = root / f"{dtype}-{steps}"
         if not (place / f"done-{world}").exists():
             place.mkdir(exist_ok=True)
-            names = [other for other, case in LAYOUTS.items() if case[0] == world]
+            names = [other for other in cases if LAYOUTS[other][0] == world]
             arguments = (world, str(place / f"meeting-{world}"), str(place), names, dtype, steps)
             processes = [in_own_process(work, rank, *arguments) for rank in range(world)]
             for process in processes:
@@ -59,10 +61,10 @@ def test_a_layout_trains_what_one_process_trains(trained, alone, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_twenty_steps_in_fp32(trained, alone, name):
-    """Losses within 1e-5, weights within 1e-4."""
-    compare(trained(name, "float32", 20), alone(name, "float32", 20), 1e-5, 1e-4)
+    """One layout of each kind: losses within 1e-5, weights within 1e-4."""
+    compare(trained(name, "float32", 20, ONE_OF_EACH), alone(name, "float32", 20), 1e-5, 1e-4)
 
 
 def compare(folder, reference, losses, weights) -> None:
