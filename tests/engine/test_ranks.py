@@ -9,6 +9,8 @@ import pytest
 import torch.multiprocessing as multiprocessing
 from tests.engine.rank_games import TIMEOUT, play
 
+pytestmark = pytest.mark.xdist_group("processes")  # its processes share the cores
+
 GOOD = {"numbers": [1.0, 2.0], "text": "你好 hello"}
 
 

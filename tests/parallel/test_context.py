@@ -21,6 +21,8 @@ from hanlin.parallel.context import ContextParallel
 from hanlin.parallel.ring import ring_plan, zigzag
 from hanlin.parallel.ulysses import check_heads
 
+pytestmark = pytest.mark.xdist_group("processes")  # its processes share the cores
+
 KINDS = ("ring", "ulysses")
 
 

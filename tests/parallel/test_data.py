@@ -10,6 +10,8 @@ from torch import nn
 from hanlin.parallel.data import BUCKET, DataParallel, make_buckets
 from hanlin.parallel.flat import InOrder
 
+pytestmark = pytest.mark.xdist_group("processes")  # its processes share the cores
+
 CHECKS = {
     2: [
         checks.equals_one_process, checks.without_last, checks.unused_counts_as_zero, checks.bytes_of_a_step,

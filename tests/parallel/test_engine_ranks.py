@@ -14,6 +14,8 @@ from hanlin.engine import Engine
 from hanlin.models import load_model
 from hanlin.tokens import Tokenizer
 
+pytestmark = pytest.mark.xdist_group("processes")  # its processes share the cores
+
 TEXT = "The quick brown fox jumps over the lazy dog. 敏捷的棕色狐狸跳过懒狗。世界你好！\n"
 SCRIPT = """
 import json, sys

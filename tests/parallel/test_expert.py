@@ -14,6 +14,8 @@ from hanlin.nn.losses import IGNORE
 from hanlin.parallel import split_experts
 from hanlin.parallel.vocabulary import token_sums
 
+pytestmark = pytest.mark.xdist_group("processes")  # its processes share the cores
+
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):

@@ -13,6 +13,8 @@ from hanlin.core.errors import HanlinError
 from hanlin.parallel.lessons.data_parallel import ThreadedDataParallel, replicate
 from hanlin.parallel.lessons.eight import cost
 
+pytestmark = pytest.mark.xdist_group("processes")  # its processes share the cores
+
 EIGHT = {
     "broadcast", "reduce", "scatter", "gather", "all_gather", "reduce_scatter", "all_reduce", "all_to_all",
 }  # fmt: skip

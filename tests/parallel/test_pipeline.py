@@ -35,6 +35,8 @@ from hanlin.models.transformer import Transformer
 from hanlin.parallel.stages import cut_stages, rank_stages, sends, stage_layers
 from hanlin.tune.lora import add_lora
 
+pytestmark = pytest.mark.xdist_group("processes")  # its processes share the cores
+
 PLACES = [(ranks, name) for ranks in (2, 4) for name in SCHEDULES if (ranks, name) != (4, "zero_bubble of 4")]
 
 

@@ -6,6 +6,8 @@ import pytest
 from tests.parallel.training_ranks import MODELS, work
 from tests.train.tiny_training import in_own_process
 
+pytestmark = pytest.mark.xdist_group("processes")  # its processes share the cores
+
 TENSOR = {f"tensor {name}": model(tensor=2) for name, model in MODELS.items()}
 PAIR = {
     **TENSOR,

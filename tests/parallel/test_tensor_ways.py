@@ -11,6 +11,8 @@ from hanlin.core.errors import HanlinError
 from hanlin.models.config import AttentionConfig, LatentAttentionConfig, RelativeAttentionConfig
 from hanlin.parallel import local_config, shard
 
+pytestmark = pytest.mark.xdist_group("processes")  # its processes share the cores
+
 RANKS = {2: [*CHECKS], 6: ["weights_come_back", "gradients_come_back"]}
 
 

@@ -6,6 +6,8 @@ from tests.parallel.traced import every_call
 
 from hanlin.parallel.tracer import Call
 
+pytestmark = pytest.mark.xdist_group("processes")  # its processes share the cores
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):

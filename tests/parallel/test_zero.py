@@ -10,6 +10,8 @@ from torch import nn
 
 from hanlin.parallel.flat import Flat, by_kind, find_packs
 
+pytestmark = pytest.mark.xdist_group("processes")  # its processes share the cores
+
 ZEROS = ("zero1", "zero2", "zero3")
 CHECKS = {
     2: [

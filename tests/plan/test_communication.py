@@ -9,6 +9,8 @@ from tests.plan.traffic_ranks import LENGTH, config_of, one_step
 from hanlin.parallel.settings import Layout
 from hanlin.plan.communication import StepShape, by_axis, by_op, step_traffic
 
+pytestmark = pytest.mark.xdist_group("processes")  # its processes share the cores
+
 TWO, ONE, AGAIN = {"micro": 2}, {"micro": 1}, {"recompute": True}
 CASES = {
     2: [

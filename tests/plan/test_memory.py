@@ -29,6 +29,8 @@ from hanlin.plan.work import Lora, Work
 from hanlin.train.choices import SGD, Adafactor, AdamW, Muon, Recompute
 from hanlin.tune.lora import LoraSettings
 
+pytestmark = pytest.mark.xdist_group("memory")  # its processes share the cores
+
 MOE = ExpertsConfig(4, 128, RouterConfig(2), shared_hidden=64)
 
 

@@ -28,6 +28,8 @@ from hanlin.core.runs import Run
 from hanlin.parallel.joining import Seat, _fresh_corner, first_host
 from hanlin.train.reader import open_checkpoint
 
+pytestmark = pytest.mark.xdist_group("processes")  # its processes share the cores
+
 JOB = [sys.executable, str(Path(__file__).with_name("toy_job.py"))]
 LAUNCH = "import sys; from hanlin.core.launch import launch; sys.exit(launch(sys.argv[3:], int(sys.argv[1]), logs=sys.argv[2]))"  # noqa: E501
 

@@ -6,6 +6,8 @@ import pytest
 from tests.train.layout_cases import CASES
 from tests.train.traced_steps import trace_layouts
 
+pytestmark = pytest.mark.xdist_group("processes")  # its processes share the cores
+
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory):

@@ -18,6 +18,8 @@ from hanlin.train.checkpoint import newest_checkpoint
 from hanlin.train.reader import export_weights, open_checkpoint
 from hanlin.train.refusals import refuse_what_cannot_act
 
+pytestmark = pytest.mark.xdist_group("processes")  # its processes share the cores
+
 STEPS = 3
 
 

@@ -88,7 +88,7 @@ def trace_layouts(names: list[str], folder: Path, dtype: str = "float32") -> dic
         mine = [name for name in names if CASES[name][0] == world]
         processes = [in_own_process(_trace, rank, world, str(folder), mine, dtype) for rank in range(world)]
         for process in processes:
-            process.join(400)
+            process.join(900)
             if process.exitcode is None:
                 process.kill()
         said = [file.read_text() for file in folder.glob("failed-*.txt")]
