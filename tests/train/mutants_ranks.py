@@ -102,11 +102,11 @@ def stale_weights(patch: Patch) -> None:
 def shares_not_summed(patch: Patch) -> None:
     """Every rank keeps its own gradient of its share."""
 
-    def scatter(mine: Tensor, buffer: Tensor, group: Any, async_op: bool) -> Any:
+    def reduce(mine: Tensor, buffer: Tensor, group: Any) -> Any:
         mine.copy_(buffer.chunk(dist.get_world_size(group))[dist.get_rank(group)])
         return dist.barrier(group=group, async_op=True)
 
-    patch.setattr("hanlin.parallel.shares.dist.reduce_scatter_tensor", scatter)
+    patch.setattr("hanlin.parallel.shares.reduce", reduce)
 
 
 def wrong_columns(patch: Patch) -> None:

@@ -50,7 +50,7 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize("layout", SOUND)
 def test_without_a_mistake_the_comparison_holds(trained, alone, layout):
-    compare(trained / layout, alone(layout), 1e-10)
+    compare(trained / layout, alone(layout), 1e-10, 1e-10)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
@@ -58,7 +58,7 @@ def test_the_comparison_fails_for(trained, alone, mutant):
     """With the tolerance of single precision, which is looser than the one that layouts are held to."""
     layout, _ = MUTANTS[mutant]
     with pytest.raises(AssertionError):
-        compare(trained / mutant.replace(" ", "-"), alone(layout), 1e-6)
+        compare(trained / mutant.replace(" ", "-"), alone(layout), 1e-6, 1e-6)
 
 
 def train_mutants(rank: int, root: str) -> None:

@@ -53,5 +53,5 @@ def test_a_run_goes_on_in_another_layout_as_if_nothing_had_happened(tmp_path, fi
     Run.open(tmp_path / "alone")
     make_trainer(first, Run(tmp_path / "alone"), layout=False, steps=2).fit()
     make_trainer(first, Run(tmp_path / "alone"), layout=False, steps=4).fit()
-    compare(tmp_path / "cut", tmp_path / "alone", 1e-10)
+    compare(tmp_path / "cut", tmp_path / "alone", 1e-10, 1e-10)
     shutil.rmtree(tmp_path / "cut")

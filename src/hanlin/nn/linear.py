@@ -104,6 +104,8 @@ class PackedLinear(nn.Module):
 
     def _joined(self, kind: str, parameters: Sequence[Tensor]) -> Tensor:
         buffer = self._buffer_of.get(kind)
+        if torch.compiler.is_compiling():  # a storage cannot be traced: the graph would be cut in every layer
+            return torch.cat(list(parameters))
         if buffer is None or not _are_views(buffer, parameters):  # e.g. sharded or assigned from outside
             return torch.cat(list(parameters))
         if not torch.is_grad_enabled():
