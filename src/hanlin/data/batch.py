@@ -7,7 +7,7 @@ So the data position of a checkpoint is its step, and resuming needs no replay.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -68,6 +68,20 @@ class BatchSource(Protocol):
 
     def fingerprint(self) -> dict[str, Any]:
         """JSON of what decides the order (files' hashes, seed, lengths): a resumed run refuses other data."""
+        ...
+
+
+@runtime_checkable
+class LiveSource(BatchSource, Protocol):
+    """A source whose batches depend on the weights, such as answers that the model itself writes: it is asked for a
+    step only when the step before has been made, and what it remembers goes into the checkpoints."""
+
+    def state(self) -> dict[str, Any]:
+        """JSON of what it remembers beside the step."""
+        ...
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Remember that."""
         ...
 
 

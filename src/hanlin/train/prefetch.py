@@ -44,10 +44,10 @@ def prepare_step(
 
 class Prefetch:
     """`take(step)` gives a step's work and begins with the next one's, while below `last`. An error in the thread is
-    raised by `take`."""
+    raised by `take`. ahead False: nothing is made before it is asked for, as a live source wants it."""
 
-    def __init__(self, prepare: Callable[[int], StepWork], last: int) -> None:
-        self._prepare, self._last = prepare, last
+    def __init__(self, prepare: Callable[[int], StepWork], last: int, *, ahead: bool = True) -> None:
+        self._prepare, self._last = prepare, last if ahead else 0
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="hanlin-prefetch")
         self._next: Future[StepWork] | None = None
         self._next_step = -1

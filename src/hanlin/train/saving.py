@@ -25,7 +25,7 @@ class TrainState:
 
     seconds: of training alone; time: of everything, over all tries; best: {"step", "eval/loss"}; last: the newest line
     of training and of evaluation together; meter: what was counted since the last line (`Meter.state`); loss_scale,
-    spikes: what these remember.
+    spikes, source: what these remember.
     """
 
     step: int = 0
@@ -37,6 +37,7 @@ class TrainState:
     meter: dict[str, Any] = field(default_factory=dict)
     loss_scale: dict[str, float] = field(default_factory=dict)
     spikes: dict[str, Any] = field(default_factory=dict)
+    source: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

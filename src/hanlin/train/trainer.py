@@ -23,7 +23,7 @@ from hanlin.core.errors import HanlinError
 from hanlin.core.progress import say
 from hanlin.core.runs import Run
 from hanlin.core.seeds import derive, seed_everything
-from hanlin.data.batch import BatchSource
+from hanlin.data.batch import BatchSource, LiveSource
 from hanlin.models.transformer import Transformer
 from hanlin.parallel.processes import Processes
 from hanlin.parallel.settings import Layout
@@ -53,6 +53,7 @@ from hanlin.train.spikes import Skips, SpikeDetector, SpikeGuard
 from hanlin.train.stop import StopRequest
 
 Evaluate = Callable[[Transformer, int], dict[str, float]]  # (model, step) -> {"eval/loss": ...}
+Watch = Callable[[dict[str, Any]], list[str]]  # a line of metrics -> what is wrong, in words
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,9 @@ class Trainer:
 
     The model is moved to the device of the settings; half-precision weights become fp32 (bf16 is for activations).
     evaluate: called without gradients every `eval_every` steps; `metrics.jsonl` gets what it returns; evaluate_first:
-    and before the first step. With an initialised torch.distributed group every process makes a `Trainer` of the same
-    whole model; `layout` says how they share the work, and all call `evaluate`. The model then holds this rank's part.
+    and before the first step. watch: sees every line of metrics; what it says is printed and stands in it. With an
+    initialised torch.distributed group every process makes a `Trainer` of the same whole model; `layout` says how they
+    share the work, and all call `evaluate`. The model then holds this rank's part.
     """
 
     def __init__(
@@ -86,12 +88,14 @@ class Trainer:
         seed: int = 0,
         evaluate: Evaluate | None = None,
         evaluate_first: bool = False,
+        watch: Watch | None = None,
         title: str = "train",
         quiet: bool = False,
     ) -> None:
         self.objective, self.data, self.settings, self.run = objective, data, settings, run
         self.seed, self.evaluate, self.title, self.quiet = seed, evaluate, title, quiet
-        self.evaluate_first = evaluate_first
+        self.evaluate_first, self.watch = evaluate_first, watch
+        self.live = data if isinstance(data, LiveSource) else None
         self.steps = settings.planned_steps(data.steps_per_epoch)
         self.device = choose_device(settings.device)
         self.cluster = Cluster(layout or Layout(), self.device)
@@ -134,7 +138,7 @@ class Trainer:
                 run=self.run if self.cluster.first else None, trackers=self.settings.trackers,
                 online=self.settings.trackers_online, quiet=quiet,
             ) as report,
-            Prefetch(self._prepare, self.steps) as feed,
+            Prefetch(self._prepare, self.steps, ahead=self.live is None) as feed,
         ):  # fmt: skip
             if self.evaluate_first and self.state.step == 0 and resumed is None:
                 self._evaluate(report)
@@ -230,12 +234,15 @@ class Trainer:
         """Steps of which nothing remains."""
         average, self.average = self.average, None
         scale = self.scale.state() if self.scale else {}
+        remembered = self.live.state() if self.live else {}
         try:
             with self._training(), self.cluster.published(untouched(self.laid, self.optimizer)):
                 yield
         finally:
             self.average = average
             self.balance.drop()
+            if self.live is not None:
+                self.live.load(remembered)
             if self.scale is not None:
                 self.scale.load(scale)
 
@@ -275,6 +282,8 @@ class Trainer:
             self.scale.load(self.state.loss_scale)
         if self.guard is not None and self.state.spikes:
             self.guard.load(self.state.spikes)
+        if self.live is not None:
+            self.live.load(self.state.source)
         self.meter.load(self.state.meter, metrics=self.cluster.first)
 
     def _data_step(self) -> int:
@@ -408,6 +417,7 @@ class Trainer:
             keep = int(self.state.best["step"]) if self.state.best else None
             self.state.loss_scale = self.scale.state() if self.scale else {}
             self.state.spikes = self.guard.state() if self.guard else self.state.spikes
+            self.state.source = self.live.state() if self.live else {}
             checkpoint = take_checkpoint(
                 self.laid, self.optimizer, self.state, self.about, balance=self.balance.state(),
                 average=self.average.state() if self.average else None, first=self.cluster.first,
@@ -416,6 +426,11 @@ class Trainer:
             self.saved = self.state.step
 
     def _write(self, report: Reporter, row: dict[str, Any]) -> None:
+        alarms = self.watch(row) if self.watch is not None else []
+        for alarm in alarms:
+            self._say(f"Step {row['step']}: {alarm}")
+        if alarms:
+            row = {**row, "alarms": alarms}
         self.state.last = {**(self.state.last or {}), **row}
         report.write(row)
 
