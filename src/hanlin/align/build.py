@@ -10,17 +10,17 @@ from pathlib import Path
 import torch
 import yaml
 
-from hanlin.align.continued import grow, train_new_rows, write_report
-from hanlin.align.recipe import ContinuedObjective, NewModel, TrainRecipe
+from hanlin.align.continued import grow
+from hanlin.align.method import Data, Parts
+from hanlin.align.methods import method_of, open_data
+from hanlin.align.recipe import ContinuedObjective, NewModel, SavedModel, TrainRecipe
 from hanlin.align.sft import usual_lr
-from hanlin.align.sources import Data, open_data, open_tokenizer
+from hanlin.align.sources import open_tokenizer
 from hanlin.core.errors import HanlinError
 from hanlin.core.files import atomic_folder, write_text
 from hanlin.core.progress import say
 from hanlin.core.runs import Run
 from hanlin.core.seeds import seed_everything
-from hanlin.data.batch import BatchSource
-from hanlin.evaluate.perplexity import evaluate_text
 from hanlin.models import (
     AttentionConfig,
     FeedForwardConfig,
@@ -34,10 +34,11 @@ from hanlin.models.families import find_family
 from hanlin.nn.routing import RouterConfig
 from hanlin.parallel.processes import Processes
 from hanlin.tokens import Tokenizer
-from hanlin.train import CausalLM, Trainer, TrainSettings
+from hanlin.train import Trainer, TrainSettings
 from hanlin.train.lr_finder import RangeTest, draw_range_test
 from hanlin.train.mup import scale_weights, width_scales
-from hanlin.train.trainer import Evaluate, TrainResult
+from hanlin.train.trainer import TrainResult
+from hanlin.tune.peft_files import save_lora
 
 USUAL_PEAK = {"adamw": 1e-3, "muon": 4e-3}  # rates for models of some million parameters
 EVALUATIONS = 10  # during a run, where held-out data is given and `eval_every` is not
@@ -52,6 +53,9 @@ def train(recipe: TrainRecipe, *, quiet: bool = False) -> TrainResult:
     """
     ranks = Processes.here()
     quiet = quiet or not ranks.first
+    method = method_of(recipe)
+    if method.run is not None and (result := method.run(recipe, train, quiet)) is not None:
+        return result
     seed_everything(recipe.seed)
     tokenizer = open_tokenizer(recipe)
     data = open_data(recipe, tokenizer, quiet=quiet)
@@ -63,20 +67,20 @@ def train(recipe: TrainRecipe, *, quiet: bool = False) -> TrainResult:
         run = open_run(recipe.out, resolved, writes=ranks.first)
     model = build_model(recipe, tokenizer, data.seq_len)
     say(f"{model.parameter_count() / 1e6:.2f} million parameters", quiet=quiet)
-    continued = isinstance(recipe.objective, ContinuedObjective)
-    evaluate = held_out_loss(data.held_out, tokenizer, recipe.objective.held_out_rows)
-    if continued and not run.checkpoints():
-        train_new_rows(model, recipe, data.source, settings, run, quiet=quiet)
+    wiring = method.wire(Parts(recipe, tokenizer, data, settings, model, run, quiet))
+    if wiring.before is not None and not run.checkpoints():
+        wiring.before()
     trainer = Trainer(
         model,
-        CausalLM(ahead=model.config.predict_ahead, z_loss=settings.z_loss),
-        data.source,
+        wiring.objective,
+        wiring.source,
         settings,
         layout=recipe.parallel,
         run=run,
         seed=recipe.seed,
-        evaluate=evaluate,
-        evaluate_first=continued and evaluate is not None,
+        evaluate=wiring.evaluate,
+        evaluate_first=wiring.evaluate_first,
+        watch=wiring.watch,
         title=recipe.name,
         quiet=quiet,
     )
@@ -87,9 +91,10 @@ def train(recipe: TrainRecipe, *, quiet: bool = False) -> TrainResult:
         with trainer.whole_model() as whole:
             if ranks.first:
                 assert whole is not None
-                save_model_folder(whole, tokenizer, run.model)
-                if continued and data.held_out:
-                    write_report(run)
+                save_trained(whole, tokenizer, run, recipe)
+                if wiring.finish is not None:
+                    wiring.finish()
+    wiring.close()
     ranks.wait()
     return result
 
@@ -103,11 +108,14 @@ def find_lr(recipe: TrainRecipe, *, quiet: bool = False) -> RangeTest:
     data = open_data(recipe, tokenizer, quiet=quiet)
     settings, _ = resolve_settings(recipe, data)
     model = build_model(recipe, tokenizer, data.seq_len)
-    objective = CausalLM(ahead=model.config.predict_ahead, z_loss=settings.z_loss)
     off = {"eval_every": None, "save_every": None, "trackers": [], "keep_best": False, "spikes": None}
     plain = settings.model_copy(update=off)
-    trainer = Trainer(model, objective, data.source, plain, layout=recipe.parallel, seed=recipe.seed, quiet=True)
+    wiring = method_of(recipe).wire(Parts(recipe, tokenizer, data, plain, model, None))
+    trainer = Trainer(
+        model, wiring.objective, wiring.source, plain, layout=recipe.parallel, seed=recipe.seed, quiet=True
+    )
     found = trainer.find_lr()
+    wiring.close()
     if ranks.first:
         out = Run.open(recipe.out).path / "lr.png"
         draw_range_test(found, out)
@@ -118,7 +126,7 @@ def find_lr(recipe: TrainRecipe, *, quiet: bool = False) -> RangeTest:
 
 def resolve_settings(recipe: TrainRecipe, data: Data) -> tuple[TrainSettings, list[str]]:
     """The complete settings of the loop, and a line for each that was decided here."""
-    choice = recipe.train.model_dump()
+    choice = recipe.train.model_dump() | {"batch_size": data.source.rows_per_step}
     notes = []
     if recipe.train.steps is None and recipe.train.epochs is None:
         if data.epochs is None:
@@ -132,16 +140,18 @@ def resolve_settings(recipe: TrainRecipe, data: Data) -> tuple[TrainSettings, li
         if kind not in USUAL_PEAK:
             raise HanlinError(f"There is no usual rate for the optimizer {kind}: give `train.lr`.")
         rate, why = USUAL_PEAK[kind], f"the usual peak of {kind} for a small model"
-        if not isinstance(recipe.model, NewModel):
+        if data.lr is not None:
+            rate, why = data.lr, f"the usual one of the objective {recipe.objective.kind}"
+        elif not isinstance(recipe.model, NewModel):
             known, reason = usual_lr(recipe.model.path)
             if known <= rate:  # more would be another optimiser's rate
                 rate, why = known, reason
         choice["lr"] = rate
         notes.append(f"learning rate: {rate:g} ({why})")
-    if recipe.train.eval_every is not None and not data.held_out:
+    if recipe.train.eval_every is not None and not data.can_evaluate:
         raise HanlinError("`train.eval_every` is set, but there is nothing to evaluate on: give `objective.held_out`.")
     settings = TrainSettings.model_validate(choice)
-    if settings.eval_every is None and data.held_out:
+    if settings.eval_every is None and data.can_evaluate:
         steps = settings.planned_steps(data.source.steps_per_epoch)
         settings = settings.model_copy(update={"eval_every": max(1, steps // EVALUATIONS)})
     return settings, notes
@@ -192,6 +202,8 @@ def build_model(recipe: TrainRecipe, tokenizer: Tokenizer, seq_len: int) -> Tran
             f"{model.config.vocab_size}. Use the tokenizer that the model was trained with."
         )
     model.config = with_token_ids(model.config, tokenizer)
+    if recipe.adapter is not None:
+        recipe.adapter.hang_on(model, recipe.seed)
     return model
 
 
@@ -229,21 +241,18 @@ def with_token_ids(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     return replace(config, extra={**config.extra, **ids, "generation_config": generation})
 
 
-def held_out_loss(sources: dict[str, BatchSource], tokenizer: Tokenizer, rows: int) -> Evaluate | None:
-    """An evaluation for the `Trainer`: loss, perplexity and bits per byte on `rows` held-out rows of each source."""
-    if not sources:
-        return None
-
-    def evaluate(model: Transformer, step: int) -> dict[str, float]:
-        values = {}
-        for name, source in sources.items():
-            found = evaluate_text(model, source, tokenizer=tokenizer, max_rows=rows)
-            values |= {f"{name}/loss": found.loss, f"{name}/perplexity": found.perplexity}
-            if found.bits_per_byte is not None:
-                values[f"{name}/bits_per_byte"] = found.bits_per_byte
-        return values
-
-    return evaluate
+def save_trained(model: Transformer, tokenizer: Tokenizer, run: Run, recipe: TrainRecipe) -> None:
+    """`RUN/model`, and where an adapter was trained `RUN/adapter` in PEFT's files: the model then has it merged."""
+    adapter = getattr(model, "adapter", None)
+    if adapter is not None:
+        assert isinstance(recipe.model, SavedModel)
+        with atomic_folder(run.path / "adapter") as folder:
+            save_lora(adapter, folder, base_model=str(recipe.model.path))
+        adapter.merge()
+        adapter.remove()
+    if hasattr(model, "critic"):  # it was of use to training only
+        del model.critic
+    save_model_folder(model, tokenizer, run.model)
 
 
 def save_model_folder(model: Transformer, tokenizer: Tokenizer, path: Path) -> None:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.text import Text
 
+from hanlin.align.methods import open_data
 from hanlin.align.recipe import TrainRecipe
-from hanlin.align.sources import open_data, open_tokenizer
+from hanlin.align.sources import open_tokenizer
 from hanlin.data.batch import Batch
 from hanlin.nn.losses import IGNORE
 from hanlin.tokens import Tokenizer

@@ -8,6 +8,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from hanlin.align.adapter_choice import LoraChoice
+from hanlin.align.on_policy_recipe import OnPolicyObjective
+from hanlin.align.reward_recipe import RewardObjective
+from hanlin.align.preference_recipe import KtoObjective, PreferenceObjective, RrhfObjective
+from hanlin.align.rahf_recipe import RahfObjective
 from hanlin.core.recipe import Recipe, Section
 from hanlin.parallel.settings import Layout
 from hanlin.train.settings import LoopSettings
@@ -126,9 +131,29 @@ class SftObjective(Section):
         int | None, Field(gt=1, description="tokens a row; None: the power of two that holds 99.5 % whole")
     ] = None
     packing: Annotated[bool, Field(description="several conversations a row (they never see each other)")] = True
+    loss_on: Annotated[
+        Literal["all_turns", "last_turn"],
+        Field(description="of the assistant's turns, which are learnt; the last: all it does after the last request"),
+    ] = "all_turns"
+    loss: Annotated[
+        Literal["nll", "dft"], Field(description="of a token: -log p, or -p log p with p held fixed (arXiv:2508.05629)")
+    ] = "nll"
+    neftune: Annotated[
+        float | None, Field(gt=0, description="noise on the token vectors (arXiv:2310.05914); usual: 5 to 15")
+    ] = None
+    replay: Annotated[
+        list[Shards], Field(default_factory=list, description="pretraining text to mix in, so that less is forgotten")
+    ]
+    replay_ratio: Annotated[float, Field(ge=0, description="rows of it for each row of conversations; 0: none")] = 0.0
     bad_rows: Annotated[Literal["stop", "skip"], Field(description="what to do with a row that cannot be read")] = (
         "stop"
     )
+
+    @model_validator(mode="after")
+    def _acts(self) -> "SftObjective":
+        if bool(self.replay) != (self.replay_ratio > 0):
+            raise ValueError("`replay` and `replay_ratio` belong together: give shards and a ratio above 0, or neither")
+        return self
 
 
 class TrainChoices(LoopSettings):
@@ -153,7 +178,13 @@ class TrainRecipe(Recipe):
     seed: int = 0
     tokenizer: Annotated[Path | None, Field(description="tokenizer folder; None: the saved model's own")] = None
     model: Annotated[NewModel | SavedModel, Field(discriminator="kind")] = NewModel()
-    objective: Annotated[CausalLmObjective | ContinuedObjective | SftObjective, Field(discriminator="kind")]
+    adapter: Annotated[
+        LoraChoice | None, Field(description="train a few added weights (LoRA) and leave the model's own as they are")
+    ] = None
+    objective: Annotated[
+        CausalLmObjective | ContinuedObjective | SftObjective | OnPolicyObjective | RewardObjective
+        | PreferenceObjective | KtoObjective | RrhfObjective | RahfObjective, Field(discriminator="kind")
+    ]
     train: TrainChoices = TrainChoices()
     parallel: Annotated[Layout, Field(description="how several processes share the work (--nproc, torchrun)")] = (
         Layout()
@@ -175,6 +206,8 @@ class TrainRecipe(Recipe):
     def _has_tokenizer(self) -> "TrainRecipe":
         if self.tokenizer is None and isinstance(self.model, NewModel):
             raise ValueError("a new model needs `tokenizer`: the folder that `hanlin tokenizer train` wrote")
+        if self.adapter is not None and isinstance(self.model, NewModel):
+            raise ValueError("an adapter is for a trained model: give model {kind: saved, path: ...}")
         if isinstance(self.objective, ContinuedObjective) and isinstance(self.model, NewModel):
             raise ValueError("objective `continued` goes on with a trained model: give model {kind: saved, path: ...}")
         return self

@@ -1,10 +1,10 @@
 """Recipe → tokenizer and batches, without a model's weights: what training and `hanlin data preview` have in common."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from hanlin.align.conversations import read_conversations
+from hanlin.align.method import Data
 from hanlin.align.recipe import (
     CausalLmObjective,
     ContinuedObjective,
@@ -13,8 +13,7 @@ from hanlin.align.recipe import (
     Shards,
     TrainRecipe,
 )
-from hanlin.align.sft import sft_examples, usual_epochs
-from hanlin.core.errors import HanlinError
+from hanlin.align.sft import refuse_idle_last_turn, sft_examples, usual_epochs
 from hanlin.core.seeds import derive
 from hanlin.data.batch import BatchSource
 from hanlin.data.examples import Example
@@ -22,21 +21,7 @@ from hanlin.data.mixture import Mixture
 from hanlin.data.packing import PackedExamples
 from hanlin.data.shards import TokenShards
 from hanlin.data.text_batches import ShardedText
-from hanlin.models import load_config
 from hanlin.tokens import Tokenizer
-
-
-@dataclass(frozen=True)
-class Data:
-    """What a recipe trains on. held_out: what is never trained, by the name that its loss is logged under; the first is
-    the one that is judged by. epochs: the objective's usual number, if it has one; notes: what was decided or left out,
-    for people."""
-
-    source: BatchSource
-    held_out: dict[str, BatchSource]
-    seq_len: int
-    epochs: float | None
-    notes: list[str]
 
 
 def open_tokenizer(recipe: TrainRecipe) -> Tokenizer:
@@ -46,25 +31,6 @@ def open_tokenizer(recipe: TrainRecipe) -> Tokenizer:
         assert not isinstance(recipe.model, NewModel)
         path = recipe.model.path
     return Tokenizer.load(path)
-
-
-def open_data(recipe: TrainRecipe, tokenizer: Tokenizer, *, quiet: bool = True) -> Data:
-    """The recipe's data as batches; needs no weights."""
-    if isinstance(recipe.model, NewModel):
-        positions = recipe.model.max_positions
-    else:
-        positions = load_config(recipe.model.path).max_positions
-    objective = recipe.objective
-    if objective.seq_len is not None and positions is not None and objective.seq_len > positions:
-        raise HanlinError(
-            f"objective.seq_len is {objective.seq_len}, but the model knows only {positions} positions. "
-            f"Give at most {positions}, or a model with more."
-        )
-    if isinstance(objective, SftObjective):
-        return _sft_data(recipe, objective, tokenizer, positions, quiet)
-    if isinstance(objective, ContinuedObjective):
-        return _continued_data(recipe, objective, tokenizer, quiet)
-    return _causal_lm_data(recipe, objective, tokenizer)
 
 
 class _Shards:
@@ -91,11 +57,18 @@ class _Shards:
         kept = [self.read(path, f"{purpose}-{number}") for number, path in enumerate(paths)]
         return self.mix(kept, [source.rows_per_epoch for source in kept], purpose), _describe(kept)
 
-    def mix(self, sources: Sequence[BatchSource], weights: Sequence[float], purpose: str) -> BatchSource:
+    def general(self, parts: Sequence[Shards], ratio: float, purpose: str, beside: str) -> tuple[BatchSource, str]:
+        """Text like what the model was made of, so that it forgets less (replay, arXiv:2403.08763)."""
+        source, about = self.mixed(parts, purpose)
+        return source, f"{purpose}: {about}; {ratio:g} rows for each of {beside}"
+
+    def mix(
+        self, sources: Sequence[BatchSource], weights: Sequence[float], purpose: str, *, epoch_of: int | None = None
+    ) -> BatchSource:
         if len(sources) == 1:
             return sources[0]
         rows, seed = self.recipe.train.batch_size, derive(self.recipe.seed, purpose, "mixture")
-        return Mixture(sources, weights, rows_per_step=rows, seed=seed)
+        return Mixture(sources, weights, rows_per_step=rows, seed=seed, epoch_of=epoch_of)
 
 
 def _describe(sources: Sequence[ShardedText]) -> str:
@@ -103,7 +76,10 @@ def _describe(sources: Sequence[ShardedText]) -> str:
     return f"{documents:,} documents, {tokens:,} tokens"
 
 
-def _causal_lm_data(recipe: TrainRecipe, objective: CausalLmObjective, tokenizer: Tokenizer) -> Data:
+def causal_lm_data(recipe: TrainRecipe, tokenizer: Tokenizer, positions: int | None, quiet: bool) -> Data:
+    """Token shards, mixed."""
+    objective = recipe.objective
+    assert isinstance(objective, CausalLmObjective)
     shards = _Shards(recipe, tokenizer, objective.seq_len)
     source, about = shards.mixed(objective.shards, "data")
     notes = [f"{about}; rows of {objective.seq_len} tokens"]
@@ -114,16 +90,18 @@ def _causal_lm_data(recipe: TrainRecipe, objective: CausalLmObjective, tokenizer
     return Data(source, held_out, objective.seq_len, None, notes)
 
 
-def _continued_data(recipe: TrainRecipe, objective: ContinuedObjective, tokenizer: Tokenizer, quiet: bool) -> Data:
+def continued_data(recipe: TrainRecipe, tokenizer: Tokenizer, positions: int | None, quiet: bool) -> Data:
     """Domain, general text and conversations, each with its share of the rows."""
+    objective = recipe.objective
+    assert isinstance(objective, ContinuedObjective)
     shards = _Shards(recipe, tokenizer, objective.seq_len)
     domain, about = shards.mixed(objective.domain, "domain")
     notes = [f"domain: {about}; rows of {objective.seq_len} tokens"]
     talk = objective.sft_share if objective.sft else 0.0
     sources, weights = [domain], [(1 - talk) / (1 + objective.ratio)]
     if objective.general:
-        general, about = shards.mixed(objective.general, "general")
-        notes.append(f"general: {about}; {objective.ratio:g} rows for each of the domain")
+        general, about = shards.general(objective.general, objective.ratio, "general", "the domain")
+        notes.append(about)
         sources.append(general)
         weights.append(1 - talk - weights[0])
     if objective.sft:
@@ -140,14 +118,23 @@ def _continued_data(recipe: TrainRecipe, objective: ContinuedObjective, tokenize
     return Data(shards.mix(sources, weights, "continued"), held_out, objective.seq_len, None, notes)
 
 
+def sft_data(recipe: TrainRecipe, tokenizer: Tokenizer, positions: int | None, quiet: bool) -> Data:
+    """Conversations, packed."""
+    assert isinstance(recipe.objective, SftObjective)
+    return _sft_data(recipe, recipe.objective, tokenizer, positions, quiet)
+
+
 def _sft_data(
     recipe: TrainRecipe, objective: SftObjective, tokenizer: Tokenizer, positions: int | None, quiet: bool
 ) -> Data:
     rows = recipe.train.batch_size
     reading = read_conversations(objective.files, bad_rows=objective.bad_rows)
+    if objective.loss_on == "last_turn":
+        refuse_idle_last_turn(reading.conversations)
     examples, report = sft_examples(
-        reading.conversations, tokenizer, seq_len=objective.seq_len, max_positions=positions, quiet=quiet
-    )
+        reading.conversations, tokenizer,
+        seq_len=objective.seq_len, max_positions=positions, loss_on=objective.loss_on, quiet=quiet,
+    )  # fmt: skip
     notes = report.lines()
     if reading.skipped:
         notes.append(f"{len(reading.skipped):,} rows are skipped, the first: {reading.skipped[0]}")
@@ -172,9 +159,19 @@ def _sft_data(
     held_out = {}
     if objective.held_out:
         kept = read_conversations(objective.held_out, bad_rows=objective.bad_rows)
-        kept_examples, kept_report = sft_examples(kept.conversations, tokenizer, seq_len=report.seq_len, quiet=quiet)
+        kept_examples, kept_report = sft_examples(
+            kept.conversations, tokenizer, seq_len=report.seq_len, loss_on=objective.loss_on, quiet=quiet
+        )
         notes.extend(f"held out: {line}" for line in kept_report.lines())
         if kept.skipped:
             notes.append(f"held out: {len(kept.skipped):,} rows are skipped, the first: {kept.skipped[0]}")
         held_out["eval"] = pack(kept_examples, 0)
+    if objective.replay:
+        shards = _Shards(recipe, tokenizer, report.seq_len)
+        replay, about = shards.general(objective.replay, objective.replay_ratio, "replay", "conversations")
+        notes.append(about)
+        return Data(
+            shards.mix([source, replay], [1.0, objective.replay_ratio], "sft", epoch_of=0),
+            held_out, report.seq_len, usual_epochs(len(examples)), notes,
+        )  # fmt: skip
     return Data(source, held_out, report.seq_len, usual_epochs(len(examples)), notes)

@@ -85,6 +85,7 @@ def _train(options, recipe_file: str, overrides: list[str], argv: list[str]) -> 
     recipe = TrainRecipe.load(recipe_file, overrides, usage="hanlin train RECIPE")
 
     from hanlin.align.build import find_lr, train
+    from hanlin.align.methods import method_of
     from hanlin.parallel.joining import join_group
     from hanlin.parallel.processes import Processes
 
@@ -101,7 +102,10 @@ def _train(options, recipe_file: str, overrides: list[str], argv: list[str]) -> 
         print(f"Stopped after step {result.step}; a checkpoint is in {recipe.out}. To go on: {again}")
         return
     model = recipe.out / "model"
-    verb = "chat" if recipe.objective.kind == "sft" else "generate"
+    verb = method_of(recipe).verb
+    if not verb:  # it judges and does not write
+        print(f"The model is in {model}.")
+        return
     prompt = "" if verb == "chat" else ' "Once upon a time"'
     print(f"The model is in {model}. To {'talk to it' if verb == 'chat' else 'try it'}: hanlin {verb} {model}{prompt}")
 

@@ -7,8 +7,10 @@ minutes on a faster machine give a better model rather than a shorter wait.
 from pathlib import Path
 from typing import Any
 
-from hanlin.align.build import build_model, open_data, open_tokenizer, resolve_settings, train
+from hanlin.align.build import build_model, resolve_settings, train
+from hanlin.align.methods import open_data
 from hanlin.align.recipe import CausalLmObjective, SavedModel, SftObjective, Shards, TrainChoices, TrainRecipe
+from hanlin.align.sources import open_tokenizer
 from hanlin.core.errors import HanlinError
 from hanlin.quickstart.plan import plan_steps
 from hanlin.quickstart.recipe import QuickstartRecipe

@@ -1,0 +1,185 @@
+"""A `Rollout` writes answers with the weights of the moment. One in this process here; `ray_rollout` has many
+elsewhere.
+
+`LocalRollout` is an `Engine` over the very parameters that are trained: nothing is copied, and a step of the optimiser
+is a new version of the weights. Pages of earlier versions are never read again (each version is a salt of its own).
+With `packed` the engine has a second set of weights in the layout and precision that it reads fastest; then a version
+is a copy, its seconds are told, and answers from an older one are refused.
+
+Several turns: after each answer an `Environment` may say something (a tool's result), which the model reads and is not
+trained on, and the model goes on.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+
+from hanlin.align.reference import looking
+from hanlin.align.samples import Prompt, Sample
+from hanlin.core.errors import HanlinError
+from hanlin.core.seeds import derive
+from hanlin.engine import Engine, SamplingParams
+from hanlin.engine.types import Completion
+from hanlin.models.transformer import Transformer
+from hanlin.nn.frozen import freeze
+from hanlin.tokens import Tokenizer
+
+Environment = Callable[[Sample], str | None]  # after a turn: what the model reads next; None: it has ended
+
+
+class Rollout(Protocol):
+    """Answers, and weights to answer with."""
+
+    def refresh(self, version: int) -> float:
+        """From now on answer with the weights as they are; returns the seconds it took."""
+        ...
+
+    def write(self, prompts: Sequence[Prompt], params: SamplingParams, *, copies: int, seed: int) -> list[Sample]:
+        """`copies` answers to each prompt, those to one prompt side by side, `group` counting prompts from 0. The same
+        seed and weights give the same answers."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Turns:
+    """most: answers of one sample; environment: what comes between."""
+
+    environment: Environment
+    most: int = 4
+
+
+class LocalRollout:
+    """An engine in this process. packed: the dtype of a second set of weights, None: the trained ones themselves."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        packed: torch.dtype | None = None,
+        turns: Turns | None = None,
+        **limits: Any,
+    ) -> None:
+        self.model, self.tokenizer, self.turns = model, tokenizer, turns
+        self._packed, self._limits = packed, limits
+        self._engine: Engine | None = None
+        self.version = -1
+
+    def refresh(self, version: int) -> float:
+        start = time.perf_counter()
+        if self._packed is not None:
+            self.close()
+            twin = plain_copy(self.model, self._packed)
+            freeze(twin)
+            self._engine = Engine(twin, self.tokenizer, **self._limits)
+        elif self._engine is None:
+            with looking(self.model):
+                self._engine = Engine(self.model, self.tokenizer, **self._limits)
+        self.version = version
+        return time.perf_counter() - start
+
+    def write(self, prompts: Sequence[Prompt], params: SamplingParams, *, copies: int, seed: int) -> list[Sample]:
+        if self._engine is None:
+            raise HanlinError("A rollout answers after its first `refresh`.")
+        seen = nullcontext() if self._packed is not None else looking(self.model)
+        with seen:
+            return write_turns(
+                self._engine, self.tokenizer, prompts, params, copies=copies, seed=seed, version=self.version,
+                turns=self.turns,
+            )  # fmt: skip
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+
+def write_turns(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    *,
+    copies: int,
+    seed: int,
+    version: int,
+    turns: Turns | None = None,
+) -> list[Sample]:
+    """`Rollout.write` on one engine."""
+    seen: Counter[int] = Counter()
+    wanted = []
+    for prompt in prompts:
+        own = derive(seed, "prompt", prompt.number, seen[prompt.number]) % 2**31
+        seen[prompt.number] += 1
+        wanted.append(replace(params, n=copies, logprobs=0, seed=own))
+    salt = f"version {version}"
+    completions = engine.generate([list(prompt.ids) for prompt in prompts], wanted, salt=salt)
+    samples = [
+        sample_of(completion, prompts[place // copies], place // copies, version)
+        for place, completion in enumerate(completions)
+    ]
+    if turns is None:
+        return samples
+    going = list(range(len(samples)))
+    for turn in range(1, turns.most):
+        going = [place for place in going if samples[place].finish == "stop"]
+        heard = {place: turns.environment(samples[place]) for place in going}
+        going = [place for place in going if heard[place] is not None]
+        rows: list[list[int]] = []
+        for place in going:
+            told = tokenizer.encode(str(heard[place]))
+            sample = samples[place]
+            samples[place] = replace(
+                sample, ids=[*sample.ids, *told], logp=[*sample.logp, *[0.0] * len(told)],
+                written=[*sample.written, *[False] * len(told)],
+            )  # fmt: skip
+            rows.append([*sample.prompt.ids, *samples[place].ids])
+        room = [place for place, row in zip(going, rows, strict=True) if len(row) < engine.max_context]
+        for place in set(going) - set(room):
+            samples[place] = replace(samples[place], finish="length")
+        rows = [row for row in rows if len(row) < engine.max_context]
+        going = room
+        if not going:
+            break
+        seeds = [derive(seed, "turn", turn, samples[p].prompt.number, p % copies) % 2**31 for p in going]
+        again = engine.generate(rows, [replace(params, n=1, logprobs=0, seed=s) for s in seeds], salt=salt)
+        for place, completion in zip(going, again, strict=True):
+            before, new = samples[place], sample_of(completion, samples[place].prompt, samples[place].group, version)
+            samples[place] = replace(
+                new, ids=[*before.ids, *new.ids], logp=[*before.logp, *new.logp], text=before.text + new.text,
+                written=[*before.written, *new.written],
+            )  # fmt: skip
+    return samples
+
+
+def sample_of(completion: Completion, prompt: Prompt, group: int, version: int) -> Sample:
+    """A completion as a sample; its log-probabilities are those of the distribution that was drawn from."""
+    if completion.logprobs is None:
+        raise HanlinError("The completion has no log-probabilities; ask for them with logprobs=0.")
+    finish = "stop" if completion.finish_reason == "stop" else "length"
+    drawn = [token.drawn for token in completion.logprobs]
+    ids = list(completion.token_ids)
+    return Sample(prompt, ids, completion.text, drawn, [True] * len(ids), finish, group, version)
+
+
+@torch.no_grad()
+def plain_copy(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """A copy of the weights in `dtype`, with an adapter added in; a critic beside the model stays behind."""
+    adapter = getattr(model, "adapter", None)
+    twin = Transformer(model.config)
+    updates = {} if adapter is None else {name: branch.update() for name, branch in adapter.branches.items()}
+    known = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, tensor in [*twin.named_parameters(), *twin.named_buffers()]:
+        layer = name.rpartition(".")[0]
+        value = known[name].detach()
+        if name.endswith(".weight") and layer in updates:
+            value = value + updates[layer].to(value.dtype)
+        tensor.copy_(value)
+    return twin.to(dtype).eval()
