@@ -15,12 +15,18 @@ from tests.models.ours import load_ours
 
 from hanlin.core.errors import HanlinError
 from hanlin.engine import Engine, SamplingParams
+from hanlin.engine.adapters import Adapters
 from hanlin.engine.embedding import mean_pooled
+from hanlin.models import AttentionConfig, FeedForwardConfig, ModelConfig, Transformer
 from hanlin.nn.frozen import freeze
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 PROMPTS = ["The quick brown fox", "敏捷的棕色狐狸", "f", "lazy dog. " * 6]
-TARGETS = {"fr": "all", "zh": ("q_proj", "v_proj"), "de": ("gate_proj", "down_proj"), "la": "all"}
+TARGETS = {
+    "fr": "all", "zh": ("q_proj", "v_proj"), "de": ("gate_proj", "down_proj"), "la": "all", "it": "all",
+    "es": ("k_proj", "o_proj", "up_proj"),
+}  # fmt: skip
+DORA = ("it", "es")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +40,7 @@ def adapters(base, tmp_path_factory):
     found = {}
     for seed, (name, targets) in enumerate(TARGETS.items()):
         folder = tmp_path_factory.mktemp(name)
-        found[name] = folder, make_adapter(base, folder, seed=seed, rank=2 + seed, targets=targets)
+        found[name] = folder, make_adapter(base, folder, seed=seed, rank=2 + seed, targets=targets, dora=name in DORA)
     return found
 
 
@@ -55,7 +61,7 @@ def test_a_batch_of_many_adapters_equals_each_merged_model(base, adapters, token
             for (name, prompt), ids in got.items():
                 alone = base if name is None else adapters[name][1]
                 assert ids == greedy_uncached(alone, tokenizer.encode(prompt), 12), (name, prompt)
-    assert len({tuple(got[name, PROMPTS[0]]) for name in [None, *adapters]}) == 5  # they do say different things
+    assert len({tuple(got[name, PROMPTS[0]]) for name in [None, *adapters]}) == 7  # they do say different things
 
 
 def test_adapters_on_a_frozen_model_equal_the_merged_ones(base, adapters, tokenizer):
@@ -71,6 +77,33 @@ def test_adapters_on_a_frozen_model_equal_the_merged_ones(base, adapters, tokeni
             want = greedy_uncached(alone, prompt.tolist(), 12)
             assert agrees(want, ids, lambda ids, m=alone, p=prompt: last_logits(m, p, ids)), (name, want, ids)
             alone.double()
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 0.01)])
+def test_the_lengths_of_dora_are_found_behind_frozen_weights(tokenizer, tmp_path, dtype, close):
+    """And behind biases a thousand times the weights, beside which a product in bf16 would have no digits left."""
+    attention = AttentionConfig(heads=4, kv_heads=2, head_dim=8, qkv_bias=True)
+    config = ModelConfig.uniform(
+        "qwen2", depth=1, attention=attention, feed_forward=FeedForwardConfig(48), vocab_size=64, width=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Transformer(config).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 100 if parameter.ndim == 1 else 0.1)
+    make_adapter(model, tmp_path, seed=1, dora=True)
+    model, frozen = model.to(dtype), deepcopy(model).to(dtype)
+    if not freeze(frozen):
+        pytest.skip("nothing freezes here")
+    found = []
+    for each in (model, frozen):
+        adapters = Adapters(each)
+        adapters.load("it", tmp_path)
+        found.append(adapters.find("it").factors)
+    assert found[0].keys() == found[1].keys() and len(found[0]) == 7
+    for name, plain in found[0].items():
+        assert (plain.bias is not None) == ("q_proj" in name or "k_proj" in name or "v_proj" in name)
+        for one, other in zip(plain, found[1][name], strict=True):
+            assert one is other is None or (one.float() - other.float()).norm() <= close * one.float().norm(), name
 
 
 def test_an_adapter_unloaded_in_use_ends_with_its_requests_and_its_memory_is_free(base, adapters, tokenizer):
@@ -145,8 +178,8 @@ def test_a_name_that_is_loaded_again_finds_no_pages_of_the_old_one(base, adapter
 def test_mistakes_are_explained(base, adapters, tokenizer, tmp_path):
     with Engine(deepcopy(base), tokenizer) as engine:
         engine.load_adapter("fr", adapters["fr"][0])
-        with pytest.raises(HanlinError, match=r"no adapter `es`.*there is: fr"):
-            engine.generate("f", GREEDY, adapter="es")
+        with pytest.raises(HanlinError, match=r"no adapter `pt`.*there is: fr"):
+            engine.generate("f", GREEDY, adapter="pt")
         with pytest.raises(HanlinError, match="`fr` already"):
             engine.load_adapter("fr", adapters["la"][0])
         with pytest.raises(HanlinError):

@@ -119,10 +119,11 @@ def test_a_position_bias_that_layers_share_gets_its_whole_gradient():
         assert_same(gradients(model, batch)[0], expected)
 
 
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.kind)
-def test_adapters_add_to_a_product_in_place_and_are_right(way):
+def test_adapters_change_a_product_and_are_right(way, dora):
     model, batch = tiny_model().double(), TinySource(4).batch(0)
-    adapter = add_lora(model, rank=4)
+    adapter = add_lora(model, rank=4, dora=dora)
     for branch in adapter.branches.values():
         torch.nn.init.normal_(branch.b.weight, std=0.1)
     expected, _, _ = gradients(model, batch)

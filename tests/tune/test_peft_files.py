@@ -159,7 +159,7 @@ def put(key, *shape):
     ("config", "change", "message"),
     [
         ({"peft_type": "IA3"}, None, "\"peft_type\" is 'IA3'"),
-        ({"use_dora": True}, None, '"use_dora" is True'),
+        ({"use_dora": True}, None, "has no lora_magnitude_vector"),
         ({"modules_to_save": ["lm_head"]}, None, '"modules_to_save"'),
         ({"bias": "all"}, None, "\"bias\" is 'all'"),
         ({"init_lora_weights": "pissa"}, None, "changes the weights of the base model"),

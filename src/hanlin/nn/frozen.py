@@ -31,11 +31,14 @@ ROWS_HINT = 16  # oneDNN's layout is chosen for products of so many rows; it is 
 
 
 class Product:
-    """`x W^T + b` over weights in the order of reading: weight (out, in) fp32 or bf16, bias (out,) or None."""
+    """`x W^T + b` over weights in the order of reading: weight (out, in) fp32 or bf16, bias (out,) or None. What an
+    adapter may still ask of W and b: lengths (out,) fp32, of the rows of W; bias."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         kernel = PackedProduct if can_pack(weight.dtype) else OneDnnProduct
         self._run = kernel(weight, bias)
+        self.lengths = torch.linalg.vector_norm(weight.detach(), dim=1, dtype=torch.float32)
+        self.bias = None if bias is None else bias.detach().clone()
 
     def __call__(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out), x in the weights' dtype
         return self._run(x)

@@ -21,10 +21,11 @@ from hanlin.kernels.rows import addressed
 
 class Linear(nn.Linear):
     """`x W^T + b` with W and b cast to the dtype of x (`input`). product: a faster form of it (`nn.frozen`); branch: of
-    x, is added to it. A packed parent learns of a branch by `PackedLinear.note_branches`."""
+    x and of that, is added to it (in the branch's own memory; an autograd graph may hold the product). A packed parent
+    learns of a branch by `PackedLinear.note_branches`."""
 
     product: Callable[[Tensor], Tensor] | None = None
-    branch: Callable[[Tensor], Tensor] | None = None
+    branch: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def forward(self, input: Tensor) -> Tensor:  # (..., in) -> (..., out)
         if self.product is not None:
@@ -32,7 +33,7 @@ class Linear(nn.Linear):
         else:
             bias = None if self.bias is None else self.bias.to(input.dtype)
             out = F.linear(input, self.weight.to(input.dtype), bias)
-        return out if self.branch is None else out.add_(self.branch(input))
+        return out if self.branch is None else self.branch(input, out).add_(out)
 
 
 class PackedLinear(nn.Module):
@@ -89,17 +90,18 @@ class PackedLinear(nn.Module):
             weight = self._joined("weight", [layer.weight for layer in layers])
             bias = None if layers[0].bias is None else self._joined("bias", [layer.bias for layer in layers])
             out = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        return out.add_(self._branches(x)) if self.branched else out
+        return self._branches(x, out).add_(out) if self.branched else out
 
     def note_branches(self) -> None:
         """To be called when a child got or lost its branch."""
         self.branched = any(layer.branch is not None for layer in self.projections())
 
-    def _branches(self, x: Tensor) -> Tensor:
+    def _branches(self, x: Tensor, out: Tensor) -> Tensor:
         """What the children's branches add, side by side; zeros for a child without one."""
+        layers = self.projections()
+        parts = zip(layers, out.split([layer.out_features for layer in layers], -1), strict=True)
         return torch.cat([
-            x.new_zeros(*x.shape[:-1], layer.out_features) if layer.branch is None else layer.branch(x)
-            for layer in self.projections()
+            torch.zeros_like(part) if layer.branch is None else layer.branch(x, part) for layer, part in parts
         ], -1)  # fmt: skip
 
     def _joined(self, kind: str, parameters: Sequence[Tensor]) -> Tensor:

@@ -82,6 +82,27 @@ def _cross_entropy_slope(
     return cost.sum(), slope
 
 
+def linear_dft(hidden: Tensor, head: Head, targets: Tensor, *, chunk: int | None = None) -> Tensor:
+    """Sum over tokens of -sg(p) log p, p = softmax(z)[target]: dynamic fine-tuning (DFT, arXiv:2508.05629).
+
+    hidden (..., width), targets (...) with `IGNORE`; z, chunk and the result as in `linear_cross_entropy`. sg: the
+    factor p carries no gradient, so the slope is p (softmax(z) - [target]).
+    """
+    return slope_through_head(hidden, head, _dft_slope, targets, keep=targets != IGNORE, chunk=chunk)
+
+
+def _dft_slope(z: Tensor, target: Tensor, *, wanted: bool) -> tuple[Tensor, Tensor | None]:
+    """In the memory of z (n, vocabulary)."""
+    target = target[:, None]
+    log_p = z.sub_(z.logsumexp(-1, keepdim=True))
+    at_target = log_p.gather(-1, target)
+    weight = at_target.exp()
+    cost = -(weight * at_target).sum()
+    if not wanted:
+        return cost, None
+    return cost, log_p.exp_().mul_(weight).scatter_add_(-1, target, -weight)
+
+
 def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
     """log softmax(logits)[id] of each token: logits (..., vocabulary), ids (...) -> (...) fp32."""
     wide = logits.float()

@@ -130,7 +130,7 @@ def open_bench(
             part(model)
     if work.lora is not None:
         s = work.lora.settings
-        add_lora(model, s.rank, s.alpha, work.lora.targets, rslora=s.rslora, dropout=s.dropout)
+        add_lora(model, s.rank, s.alpha, work.lora.targets, rslora=s.rslora, dora=s.dora, dropout=s.dropout)
     if model.device != device:
         model = model.to(device)
     widen_weights(model)

@@ -1,10 +1,14 @@
 """LoRA adapters as PEFT writes and reads them: `adapter_config.json` and `adapter_model.safetensors`.
 
     base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight  (rank, in)      ...lora_B.weight  (out, rank)
+                                     and with DoRA                                  ...lora_magnitude_vector  (out,)
 
 The names between are those of the transformers model (`models.families`), so that an adapter moves between Hanlin,
-PEFT, vLLM and llama.cpp. Of the many settings of PEFT, those that change no number are passed over, those of plain LoRA
-act, and any other that is set is refused by name.
+PEFT, vLLM and llama.cpp. Of the many settings of PEFT, those that change no number are passed over, those of LoRA and
+DoRA act, and any other that is set is refused by name.
+
+A loaded adapter goes on learning: `load_lora` hangs it on the model open, `merge_lora` puts it into the weights for
+good, for a new one to come.
 """
 
 import os
@@ -26,12 +30,14 @@ from hanlin.models.config import ModelConfig
 from hanlin.models.families import find_family
 from hanlin.models.formats.safetensors import FLOATS
 from hanlin.nn.linear import Linear
-from hanlin.tune.lora import LoraAdapter, LoraSettings, attach_lora, find_linears
+from hanlin.tune.branch import LoraSettings
+from hanlin.tune.lora import LoraAdapter, adapter_of, attach_lora, find_linears
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+PARTS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude_vector": "lora_magnitude_vector"}
+_KEY = re.compile(r"base_model\.model\.(.+)\.(" + "|".join(map(re.escape, PARTS.values())) + ")")
 
-ACTING = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"}
+ACTING = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"}
 HARMLESS = {  # where the weights of the file go is said by the file itself, and how they began does not matter any more
     "auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode",
     "layers_pattern", "layers_to_transform", "megatron_core", "peft_version", "qalora_group_size", "revision",
@@ -61,8 +67,8 @@ def save_lora(adapter: LoraAdapter, path: str | os.PathLike[str], *, base_model:
     names = {theirs[name]: branch for name, branch in adapter.branches.items()}
     tensors: dict[str, Tensor] = {}
     for name, branch in names.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = branch.a.weight.detach().contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = branch.b.weight.detach().contiguous()
+        for part, child in branch.children().items():
+            tensors[f"base_model.model.{name}.{PARTS[part]}"] = child.get_parameter("weight").detach().contiguous()
     common = adapter.settings
     config: dict[str, Any] = {
         "peft_type": "LORA",
@@ -72,6 +78,7 @@ def save_lora(adapter: LoraAdapter, path: str | os.PathLike[str], *, base_model:
         "lora_alpha": _whole(common.alpha),
         "lora_dropout": common.dropout,
         "use_rslora": common.rslora,
+        "use_dora": common.dora,
         "target_modules": _shortest_targets(set(names), set(theirs.values())),
         "rank_pattern": {n: b.settings.rank for n, b in names.items() if b.settings.rank != common.rank},
         "alpha_pattern": {n: _whole(b.settings.alpha) for n, b in names.items() if b.settings.alpha != common.alpha},
@@ -87,35 +94,57 @@ def save_lora(adapter: LoraAdapter, path: str | os.PathLike[str], *, base_model:
     write_json(folder / CONFIG, config)
 
 
+def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, base: str | None = None) -> None:
+    """`save_lora` of the adapter that hangs on `model`. base: the name or folder of the model without it. None that
+    hangs there, or one that is merged (A and B would be added twice), is a `HanlinError`."""
+    adapter = adapter_of(model)
+    if adapter is None:
+        raise HanlinError("The model has no adapter to save; `save_model` writes a plain or merged model.")
+    if adapter.merged:
+        raise HanlinError(
+            "The adapter is merged into the weights; `unmerge()` it to save it alone, or `remove()` it and save the "
+            "model."
+        )
+    save_lora(adapter, path, base_model=base)
+
+
 @dataclass(frozen=True)
 class LoraFile:
-    """An adapter as it lies in a folder. common: its settings; layers: of each of our layers, its own settings, A
-    (rank, in) and B (out, rank)."""
+    """An adapter as it lies in a folder. common: its settings; layers: of each of our layers, its own settings, and by
+    the names of `PARTS` A (rank, in), B (out, rank) and with DoRA the lengths (out,)."""
 
     common: LoraSettings
-    layers: dict[str, tuple[LoraSettings, Tensor, Tensor]]
+    layers: dict[str, tuple[LoraSettings, dict[str, Tensor]]]
 
 
 def load_lora(model: nn.Module, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> LoraAdapter:
-    """Hang the adapter in folder `path` on `model` and freeze the rest (`tune.lora.add_lora`). dtype: of A and B; None:
-    that of their layer, but at least fp32. Errors as `read_lora`; the model is then as it was.
+    """Hang the adapter in folder `path` on `model`, to learn on, and freeze the rest (`tune.lora.add_lora`). dtype: of
+    A and B; None: that of their layer, but at least fp32. Errors as `read_lora`; the model is then as it was.
     """
     file = read_lora(model, path)
-    settings = {name: own for name, (own, _, _) in file.layers.items()}
+    settings = {name: own for name, (own, _) in file.layers.items()}
     adapter = attach_lora(model, file.common, settings, dtype=dtype)
     with torch.no_grad():
         for name, branch in adapter.branches.items():
-            _, a, b = file.layers[name]
-            branch.a.weight.copy_(a)
-            branch.b.weight.copy_(b)
+            _, parts = file.layers[name]
+            for part, child in branch.children().items():
+                child.get_parameter("weight").copy_(parts[part])
     return adapter
+
+
+def merge_lora(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Put the adapter in folder `path` into the weights of `model` for good, to the rounding of their dtype: a plain
+    model, to save or to hang a new adapter on. Errors as `read_lora`."""
+    adapter = load_lora(model, path)
+    adapter.merge()
+    adapter.remove()
 
 
 def read_lora(model: nn.Module, path: str | os.PathLike[str]) -> LoraFile:
     """The adapter in folder `path`, for the layers of `model`, which is left alone (and may be frozen, `nn.frozen`).
 
-    A setting that would change the numbers in another way than plain LoRA, a tensor that is missing, unknown, or of the
-    wrong shape is a `HanlinError`.
+    A setting that would change the numbers in another way than LoRA and DoRA, a tensor that is missing, unknown, or of
+    the wrong shape is a `HanlinError`.
     """
     folder = Path(path)
     config = _read_config(folder)
@@ -139,14 +168,13 @@ def read_lora(model: nn.Module, path: str | os.PathLike[str]) -> LoraFile:
             near = get_close_matches(module, ours, n=1)
             hint = f' The nearest layer is "{near[0]}".' if near else ""
             raise HanlinError(f"{folder / WEIGHTS}: {key!r} belongs to no linear layer of this model.{hint}")
-        factors.setdefault(ours[module], {})[found[2]] = tensor
+        factors.setdefault(ours[module], {})[found[2].removesuffix(".weight")] = tensor
         layers[ours[module]] = _settings(config, folder, module)
     if not factors:
         raise HanlinError(f"{folder / WEIGHTS} holds no adapter: it is empty.")
-    for name, pair in factors.items():
-        _check_pair(pair, linears[name], layers[name].rank, names[name], folder)
-    order = [name for name in linears if name in factors]
-    return LoraFile(common, {name: (layers[name], factors[name]["A"], factors[name]["B"]) for name in order})
+    for name, parts in factors.items():
+        _check_parts(parts, linears[name], layers[name], names[name], folder)
+    return LoraFile(common, {name: (layers[name], factors[name]) for name in linears if name in factors})
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -167,7 +195,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         )
     for key, value in config.items():
         if value and key not in ACTING | HARMLESS | {"bias", "init_lora_weights"}:
-            raise HanlinError(f'{folder / CONFIG}: "{key}" is {value!r}; Hanlin reads plain LoRA, without it.')
+            raise HanlinError(f'{folder / CONFIG}: "{key}" is {value!r}; Hanlin reads LoRA and DoRA, without it.')
     return config
 
 
@@ -178,7 +206,8 @@ def _settings(config: Mapping[str, Any], folder: Path, module: str | None = None
         rank = _by_pattern(config.get("rank_pattern"), module, rank)
         alpha = _by_pattern(config.get("alpha_pattern"), module, alpha)
     try:
-        return LoraSettings(rank, alpha, bool(config.get("use_rslora")), config.get("lora_dropout") or 0.0)
+        rslora, dora = bool(config.get("use_rslora")), bool(config.get("use_dora"))
+        return LoraSettings(rank, alpha, rslora, config.get("lora_dropout") or 0.0, dora)
     except (HanlinError, TypeError) as error:
         raise HanlinError(f"{folder / CONFIG}: {error}") from error
 
@@ -211,16 +240,20 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_pair(pair: Mapping[str, Tensor], layer: Linear, rank: int, name: str, folder: Path) -> None:
-    expected = {"A": (rank, layer.in_features), "B": (layer.out_features, rank)}
-    for letter, shape in expected.items():
-        if letter not in pair:
-            raise HanlinError(f"{folder / WEIGHTS}: {name} has no lora_{letter}.")
-        if tuple(pair[letter].shape) != shape:
+def _check_parts(parts: Mapping[str, Tensor], layer: Linear, own: LoraSettings, name: str, folder: Path) -> None:
+    shapes = {"lora_A": (own.rank, layer.in_features), "lora_B": (layer.out_features, own.rank)}
+    if own.dora:
+        shapes["lora_magnitude_vector"] = (layer.out_features,)
+    for part, shape in shapes.items():
+        if part not in parts:
+            raise HanlinError(f"{folder / WEIGHTS}: {name} has no {part}.")
+        if tuple(parts[part].shape) != shape:
             raise HanlinError(
-                f"{folder / WEIGHTS}: lora_{letter} of {name} is {list(pair[letter].shape)}, expected {list(shape)} "
-                f"(rank {rank} by {CONFIG})."
+                f"{folder / WEIGHTS}: {part} of {name} is {list(parts[part].shape)}, expected {list(shape)} "
+                f"(rank {own.rank} by {CONFIG})."
             )
+    for part in parts.keys() - shapes:
+        raise HanlinError(f'{folder / WEIGHTS}: {name} has a {part}, but {CONFIG} does not set "use_dora".')
 
 
 def _their_names(model: nn.Module) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
