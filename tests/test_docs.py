@@ -12,7 +12,7 @@ from tests.test_readme import fenced_blocks
 from hanlin.align.recipe import TrainRecipe
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("docs/recipes.md", "docs/parallel.md", "docs/training.md")
+PAGES = ("docs/recipes.md", "docs/parallel.md", "docs/training.md", "docs/sft.md")
 REST = {
     "name": "page",
     "tokenizer": "tokenizer",

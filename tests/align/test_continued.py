@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from hanlin.align.build import train
+from hanlin.align.methods import open_data
 from hanlin.align.recipe import ContinuedObjective, NewModel, SavedModel, Shards, TrainChoices, TrainRecipe
-from hanlin.align.sources import open_data, open_tokenizer
+from hanlin.align.sources import open_tokenizer
 from hanlin.core.errors import HanlinError
 from hanlin.core.metrics import read_metrics
 from hanlin.data.build import build

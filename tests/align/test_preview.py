@@ -5,10 +5,12 @@ import json
 
 import pytest
 from rich.console import Console
+from tests.align.templates import HERMES, with_template
 
+from hanlin.align.methods import open_data
 from hanlin.align.preview import Stretch, counts, preview, stretches
 from hanlin.align.recipe import NewModel, SftObjective, TrainChoices, TrainRecipe
-from hanlin.align.sources import open_data, open_tokenizer
+from hanlin.align.sources import open_tokenizer
 
 ROWS = [
     {"instruction": "Who are you?", "output": "I am a [bold]small[/bold] model."},
@@ -68,3 +70,26 @@ def test_the_stretches_are_the_batch_and_nothing_else(recipe):
     ids = batch.ids[0][batch.documents[0] >= 0].tolist()
     assert "".join(part.text for part in parts) == tokenizer.decode(ids, skip_special=False)
     assert len(counts(batch)) == 2
+
+
+def test_tools_and_reasoning_are_shown_with_what_is_trained_of_them(recipe, tokenizer, tmp_path):
+    """The call and the thought stand between the marks, the declaration and the result do not."""
+    call = {"name": "price", "arguments": {"of": "茶"}}
+    row = {
+        "tools": [{"name": "price", "parameters": {}}],
+        "messages": [
+            {"role": "user", "content": "茶多少钱？"},
+            {"role": "assistant", "content": "", "reasoning_content": "看价格", "tool_calls": [call]},
+            {"role": "tool", "content": "9"},
+            {"role": "assistant", "content": "九元。"},
+        ],
+    }
+    (tmp_path / "tools.json").write_text(json.dumps([row]))
+    with_template(tokenizer, HERMES, tmp_path / "tokenizer")
+    objective = SftObjective(files=[tmp_path / "tools.json"], seq_len=512)
+    text = shown(recipe.model_copy(update={"tokenizer": tmp_path / "tokenizer", "objective": objective}))
+    written = '<tool_call>{"name": "price", "arguments": {"of": "茶"}}</tool_call><|im_end|>'
+    assert f"<|im_start|>assistant\n⟦<think>看价格</think>{written}⟧" in text
+    assert '\n{"type": "function", "function": {"name": "price", "parameters": {}}}\n' in text
+    assert "\n<tool_response>9</tool_response><|im_end|>\n" in text and "⟦九元。<|im_end|>⟧" in text
+    assert "learnt among them: calls of tools 1, turns with reasoning 1" in text

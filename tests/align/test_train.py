@@ -11,9 +11,10 @@ import yaml
 
 from hanlin.align.build import build_model, resolve_settings, train
 from hanlin.align.conversations import read_conversations
+from hanlin.align.methods import open_data
 from hanlin.align.recipe import NewModel, SavedModel, SftObjective, TrainChoices, TrainRecipe
 from hanlin.align.sft import sft_examples
-from hanlin.align.sources import open_data, open_tokenizer
+from hanlin.align.sources import open_tokenizer
 from hanlin.core.errors import HanlinError
 from hanlin.core.metrics import read_metrics
 from hanlin.data.packing import PackedExamples

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hanlin.core.errors import HanlinError
 from hanlin.core.text_sources import Document
 from hanlin.data.batch import document_positions, next_token_targets
 from hanlin.data.build import build_shards
@@ -160,6 +161,17 @@ def test_a_mixtures_epoch_lasts_until_the_slowest_source_is_through(shards):
     assert parts["mixture"].steps_per_epoch == -(-rows // 4)
     alone = Mixture([text, packed], [1, 0], rows_per_step=4, seed=0)
     assert alone.steps_per_epoch == text.steps_per_epoch
+
+
+def test_a_mixtures_epoch_may_be_that_of_one_source(shards):
+    """Three rows of text for each packed one: an epoch of the packed ones has four times their rows."""
+    parts = sources(shards)
+    text, packed = parts["text"], parts["packed"]
+    mixture = Mixture([text, packed], [3, 1], rows_per_step=4, seed=5, epoch_of=1)
+    assert mixture.steps_per_epoch == packed.steps_per_epoch * 4 < parts["mixture"].steps_per_epoch
+    assert listed(mixture.batch(3)) == listed(parts["mixture"].batch(3))  # the rows are the same
+    with pytest.raises(HanlinError, match="source 0's, which has the weight 0"):
+        Mixture([text, packed], [0, 1], rows_per_step=4, seed=5, epoch_of=0)
 
 
 def test_a_mixture_refuses_rows_of_different_lengths_and_wrong_weights(shards):

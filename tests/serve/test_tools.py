@@ -6,11 +6,12 @@ from typing import Literal
 import openai
 import pytest
 from pydantic import BaseModel
-from tests.serve.tiny import make_actor, post, serving
+from tests.serve.tiny import make_actor, make_folder, post, serving
 
 from hanlin.engine import Engine
 from hanlin.serve.messages import Message
 from hanlin.serve.prompting import in_words, template_ids
+from hanlin.tokens import Tokenizer
 
 QUESTION = [{"role": "user", "content": "北京 weather?"}]
 PARAMETERS = {"type": "object", "properties": {"city": {"enum": ["北京", "Paris"]}}, "required": ["city"]}
@@ -203,3 +204,30 @@ def test_left_overs_of_answers_are_read_and_others_refused():
     assert Message.model_validate(dumped).as_dict() == {"role": "assistant", "content": "a"}
     thought = Message.model_validate({"role": "assistant", "content": "a", "reasoning": "hm"})
     assert thought.as_dict()["reasoning_content"] == "hm"
+
+
+WORDS_ONLY = """{%- for m in messages %}{{- '<|im_start|>' ~ m.role ~ '\\n' }}
+{{- m.content ~ '<|im_end|>\\n' }}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+
+
+@pytest.mark.parametrize("system", [True, False])
+@pytest.mark.parametrize("tools", [TOOLS, []])
+def test_the_template_of_own_tokenizers_writes_tools_as_others_are_told_of_them(tmp_path, system, tools):
+    tokenizer = Tokenizer.load(make_folder(tmp_path / "own"))
+    tokenizer.save(tmp_path / "other")
+    (tmp_path / "other" / "chat_template.jinja").write_text(WORDS_ONLY)
+    other = Tokenizer.load(tmp_path / "other")
+    call = {"id": "a", "function": {"name": "weather", "arguments": {"city": "北京"}}}
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "北京 weather?"},
+        {"role": "assistant", "content": "看", "tool_calls": [call, call]},
+        {"role": "tool", "content": "1", "tool_call_id": "a"},
+        {"role": "tool", "content": "2", "tool_call_id": "a"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "3", "tool_call_id": "a"},
+    ][not system :]
+    for count in range(1, len(turns) + 1):
+        own, told = (template_ids(each, turns[:count], tools) for each in (tokenizer, other))
+        assert own == told

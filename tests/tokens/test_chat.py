@@ -39,6 +39,24 @@ def test_chat_agrees_with_transformers(tokenizer: Tokenizer, theirs, contents, s
     assert tokenizer.chat(messages, generate=generate) == expected
 
 
+@settings(deadline=None, max_examples=60)
+@given(contents=st.lists(words, min_size=3, max_size=3), name=words, system=st.booleans(), generate=st.booleans())
+def test_tools_and_reasoning_agree_with_transformers(tokenizer: Tokenizer, theirs, contents, name, system, generate):
+    question, thought, result = contents
+    if any(special in text for text in (*contents, name) for special in tokenizer.special):
+        return
+    function = {"name": name, "arguments": {name: [result, 1, None]}}
+    messages = [{"role": "system", "content": "你是翰林。"}] * system + [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": "", "reasoning_content": thought, "tool_calls": [{"function": function}] * 2},
+        {"role": "tool", "content": result},
+        {"role": "tool", "content": thought},
+    ]
+    tools = [{"type": "function", "function": {"name": name, "description": thought, "parameters": {}}}]
+    expected = theirs.apply_chat_template(messages, tools=tools, add_generation_prompt=generate, return_dict=False)
+    assert tokenizer.chat(messages, tools=tools, generate=generate) == expected
+
+
 def trained_text(tokenizer: Tokenizer, messages) -> bytes:
     chat = tokenizer.chat_trained(messages)
     assert chat.ids == tokenizer.chat(messages, generate=False)

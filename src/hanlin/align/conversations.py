@@ -4,24 +4,32 @@
     ShareGPT   {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}], "system"?: ...}
     OpenAI     {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}], "system"?: ...}
 
+Tools are declared in a column `tools`; they are called and answered in turns (`align.messages`):
+
+    ShareGPT   {"from": "function_call", "value": '{"name": ..., "arguments": {...}}'}, {"from": "observation", ...}
+    OpenAI     {"role": "assistant", "reasoning_content"?: ..., "tool_calls": [...]}, {"role": "tool", "content": ...}
+
 The format is found once a file, from its first row, and every row must keep to it. A row that cannot be read is
-answered with file, row, what was found and what was expected. What would change the meaning and is not supported (tool
-calls, images) is refused by name; columns that only describe a row (`id`, `source`) are metadata and left alone.
+answered with file, row, what was found and what was expected. What would change the meaning and is not supported
+(images) is refused by name; columns that only describe a row (`id`, `source`) are metadata and left alone.
 """
 
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from hanlin.align.messages import Conversation, Message, RowError, pair_results, read_calls, read_tools
 from hanlin.core.errors import HanlinError, require
 from hanlin.core.text_sources import decoded, kind
 
 Format = Literal["alpaca", "sharegpt", "openai"]
 
-ROLES = {  # every spelling in use -> the three roles of a chat template
+__all__ = ["Conversation", "Message", "Reading", "read_conversations"]
+
+ROLES = {  # every spelling in use -> the roles of a chat template
     "system": "system",
     "developer": "system",
     "human": "user",
@@ -31,34 +39,20 @@ ROLES = {  # every spelling in use -> the three roles of a chat template
     "model": "assistant",
     "bot": "assistant",
     "chatgpt": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+    "function": "tool",
+    "tool": "tool",
+    "ipython": "tool",
 }
-TOOL_ROLES = {"function", "function_call", "function_response", "observation", "tool", "tool_call", "ipython"}
-UNSUPPORTED = ("tools", "functions", "tool_calls", "function_call", "images", "image", "videos", "audios")
+CALLING = {"function_call", "tool_call"}  # roles whose text is a call of a tool
+UNSUPPORTED = ("images", "image", "videos", "audios")
 EXPECTED = (
     "Expected Alpaca (`instruction`, `output`, perhaps `input`), ShareGPT (`conversations`: a list of "
     '{"from", "value"}) or OpenAI messages (`messages`: a list of {"role", "content"})'
 )
-
-
-@dataclass(frozen=True)
-class Message:
-    """role: system, user or assistant. trained: False for an assistant's turn whose `weight` in the file is 0."""
-
-    role: str
-    content: str
-    trained: bool = True
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """messages: at most one system message, first; the last one is the assistant's. name: `file:row`, for errors."""
-
-    messages: tuple[Message, ...]
-    name: str
-
-    def plain(self) -> list[dict[str, str]]:
-        """The messages as a chat template takes them."""
-        return [{"role": m.role, "content": m.content} for m in self.messages]
 
 
 @dataclass(frozen=True)
@@ -67,10 +61,6 @@ class Reading:
 
     conversations: list[Conversation]
     skipped: list[str]
-
-
-class RowError(HanlinError):
-    """One row that cannot be read."""
 
 
 def read_conversations(
@@ -92,7 +82,7 @@ def read_conversations(
                 if not isinstance(row, Mapping):
                     raise RowError(f"{where} is a JSON {_json_name(row)}, not an object. {EXPECTED}.")
                 form = form or detect_format(row, where)
-                conversations.append(Conversation(tuple(parse_row(row, form, where)), f"{file.name}:{number}"))
+                conversations.append(parse_row(row, form, where, f"{file.name}:{number}"))
             except RowError as error:
                 if bad_rows == "stop":
                     raise RowError(
@@ -140,7 +130,7 @@ def _parquet_rows(file: Path) -> Iterator[Any]:
     try:
         with require("pyarrow.parquet", "parquet").ParquetFile(file) as table:
             for batch in table.iter_batches(1024):
-                yield from batch.to_pylist()
+                yield from map(_without_nulls, batch.to_pylist())
     except (OSError, ValueError) as error:
         raise HanlinError(f"{file} is not a whole parquet file: {error}.") from error
 
@@ -160,8 +150,8 @@ def detect_format(row: Mapping[str, Any], where: str) -> Format:
     raise RowError(f"{where} has the columns {_names(row)}. {EXPECTED}.")
 
 
-def parse_row(row: Mapping[str, Any], form: Format, where: str) -> list[Message]:
-    """The messages of one row, checked."""
+def parse_row(row: Mapping[str, Any], form: Format, where: str, name: str) -> Conversation:
+    """The conversation of one row, checked."""
     _refuse_unsupported(row, where)
     messages = _alpaca(row, where) if form == "alpaca" else _turns(row, form, where)
     system = row.get("system")
@@ -178,9 +168,19 @@ def parse_row(row: Mapping[str, Any], form: Format, where: str) -> list[Message]
     for place, message in enumerate(messages, start=1):
         if message.role == "system" and place > 1:
             raise RowError(f"{where}, turn {place}: a system message is only understood as the first turn.")
-        if message.role == "assistant" and not message.content.strip():
+        if message.role == "assistant" and not message.content.strip() and not message.calls:
             raise RowError(f"{where}, turn {place}: the assistant's turn is empty.")
-    return messages
+    return Conversation(tuple(messages), name, _declared(row, where))
+
+
+def _declared(row: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], ...]:
+    """The tools of a row, which may also be declared in its system turn."""
+    turns = row.get("messages") or row.get("conversations") or ()
+    first = turns[0] if isinstance(turns, Sequence) and turns and isinstance(turns[0], Mapping) else {}
+    places = [found for found in (row.get("tools"), row.get("functions"), first.get("tools")) if found]
+    if len(places) > 1:
+        raise RowError(f"{where} declares tools in several places (`tools`, `functions`, a turn); one must do.")
+    return read_tools(places[0], where) if places else ()
 
 
 def _alpaca(row: Mapping[str, Any], where: str) -> list[Message]:
@@ -211,7 +211,8 @@ def _turns(row: Mapping[str, Any], form: Format, where: str) -> list[Message]:
     if not isinstance(turns, Sequence) or isinstance(turns, str):
         found = f"`{column}` is a JSON {_json_name(turns)}" if column else f"the columns are {_names(row)}"
         raise RowError(f"{where}: {found}; expected a list of turns, as in the file's first row.")
-    messages = []
+    messages: list[Message] = []
+    asked: list[str | None] = []
     for place, turn in enumerate(turns, start=1):
         here = f"{where}, turn {place}"
         if not isinstance(turn, Mapping) or role_key not in turn:
@@ -221,12 +222,37 @@ def _turns(row: Mapping[str, Any], form: Format, where: str) -> list[Message]:
         name = turn[role_key]
         role = ROLES.get(name) if isinstance(name, str) else None
         if role is None:
-            if name in TOOL_ROLES:
-                raise RowError(f"{here} has the role {name!r}; tool calls are not supported in fine-tuning yet.")
             known = ", ".join(sorted(ROLES))
             raise RowError(f"{here} has the unknown role {name!r}; expected one of {known}.")
-        messages.append(Message(role, _text(turn.get(text_key), here, text_key), _weight(turn, role, here)))
-    return messages
+        if name in CALLING:
+            said = Message(role, "", _weight(turn, role, here), calls=tuple(read_calls(turn.get(text_key), here)))
+            before = messages[-1] if messages else None
+            if before and before.role == "assistant" and not before.calls and before.trained == said.trained:
+                asked.pop()  # what it said as it called belongs to the call's turn
+                said = replace(messages.pop(), calls=said.calls)
+        elif role == "assistant":
+            said = _said(turn, text_key, here)
+        else:
+            said = Message(role, _text(turn.get(text_key), here, text_key))
+        messages.append(said)
+        asked.append(turn.get("tool_call_id") if role == "tool" else None)
+    return pair_results(messages, asked, where)
+
+
+def _said(turn: Mapping[str, Any], text_key: str, where: str) -> Message:
+    """An assistant's turn: text, reasoning and calls, each under its own key or as parts of the content."""
+    content = turn.get(text_key)
+    thoughts = [_text(turn[key], where, key) for key in ("reasoning_content", "reasoning", "thinking") if turn.get(key)]
+    calls = [call for key in ("tool_calls", "function_call") if turn.get(key) for call in read_calls(turn[key], where)]
+    if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
+        apart = {kind: [part for part in content if part.get("type") == kind] for kind in ("reasoning", "tool_call")}
+        thoughts += [_text([{**part, "type": "text"}], where, "reasoning") for part in apart["reasoning"]]
+        calls += [call for part in apart["tool_call"] for call in read_calls(part.get("value"), where)]
+        content = [part for part in content if part.get("type") not in apart]
+    if content is None and calls:
+        content = ""
+    text, trained = _text(content, where, text_key), _weight(turn, "assistant", where)
+    return Message("assistant", text, trained, "\n".join(thoughts) or None, tuple(calls))
 
 
 def _text(value: Any, where: str, column: str) -> str:
@@ -262,7 +288,14 @@ def _refuse_unsupported(row: Mapping[str, Any], where: str) -> None:
     for key in UNSUPPORTED:
         value = row.get(key)
         if value and value != "[]":
-            raise RowError(f"{where} has `{key}`, which fine-tuning does not support yet (text turns only).")
+            raise RowError(f"{where} has `{key}`, which fine-tuning does not support (text turns only).")
+
+
+def _without_nulls(value: Any) -> Any:
+    """Without the keys that a table fills up with null: its rows share one schema, a JSON file's do not."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _json_name(value: Any) -> str:

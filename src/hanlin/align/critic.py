@@ -77,8 +77,8 @@ def check_critic(policy: Transformer, critic: Critic) -> None:
     mine, its = policy.config, critic.trunk.config
     if its.vocab_size < mine.vocab_size:
         raise HanlinError(
-            f"The critic knows {its.vocab_size} tokens and the policy {mine.vocab_size}: the reward model it comes from "
-            "has another tokenizer. Take a reward model made from the policy, or let the critic begin as its copy."
+            f"The critic knows {its.vocab_size} tokens and the policy {mine.vocab_size}: the reward model it "
+            "comes from has another tokenizer. Take one made from the policy, or let the critic begin as its copy."
         )
     if its.max_positions is not None and mine.max_positions is not None and its.max_positions < mine.max_positions:
         raise HanlinError(

@@ -4,25 +4,41 @@
 
 A round serves `epochs` passes of `train.batch_size` answers. It is a function of the weights at its beginning, the seed
 and its number, so a run that goes on writes the same answers; a round that a checkpoint cuts in two is kept on disk.
+
+With a lag of L the answers of the next L rounds are being written while a round is learnt, each round with the weights
+of when it was begun: at most L versions old, which the ratio of the trainer's log-probabilities before the update
+(`old`) to those of the drawing corrects (`policy_loss.rollout_weights`). Rounds under way are in no checkpoint: a run
+that goes on writes them anew, same prompts and seeds, with the weights that it then has. So with a lag, and only then,
+it is not the same to the last bit as one that was never stopped.
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from hanlin.align.algorithms import Algorithm, Scored, discounted_returns
 from hanlin.align.critic import critic_of
 from hanlin.align.reference import Reference, looking, trained_logprobs
 from hanlin.align.rewards import RewardSet, Scores
-from hanlin.align.rollout import Rollout
+from hanlin.align.rollout import Pending, Rollout
 from hanlin.align.round_file import Numbers, Round, read_round, write_round
+from hanlin.align.round_numbers import (
+    Clock,
+    answer_notes,
+    chosen_scores,
+    joined_scores,
+    mean_of_all,
+    moments_of_all,
+    most_of_all,
+    narrowed,
+    of_written,
+    padded,
+    step_rewards,
+)
 from hanlin.align.samples import Prompt, Sample
 from hanlin.core.errors import HanlinError
 from hanlin.core.runs import Run
@@ -32,12 +48,13 @@ from hanlin.data.packing import PackedExamples
 from hanlin.data.sequence_batch import SequenceBatch
 from hanlin.engine import SamplingParams
 from hanlin.models.transformer import Transformer
-from hanlin.rl.advantages import moments, terminal_rewards, whiten
+from hanlin.rl.advantages import terminal_rewards, whiten
 
 
 @dataclass(frozen=True)
 class Asking:
-    """How a round is drawn. prompts: of a round, over all ranks; answers: to each; refills: further draws."""
+    """How a round is drawn. prompts: of a round, over all ranks; answers: to each; refills: further draws; lag:
+    rounds that are begun before this one is learnt."""
 
     prompts: int
     answers: int
@@ -52,6 +69,16 @@ class Asking:
     gamma: float = 1.0
     lam: float = 0.95
     critic_warmup: int = 0
+    lag: int = 0
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A round whose answers are being written. cursor: prompts drawn before it."""
+
+    cursor: int
+    prompts: list[Prompt]
+    answers: Pending
 
 
 class Experience:
@@ -91,6 +118,7 @@ class Experience:
         self.steps_a_round = self.minibatches * asking.epochs
         self.steps_per_epoch = max(1, len(prompts) // asking.prompts) * self.steps_a_round
         self.cursor = 0  # prompts drawn so far, over all ranks
+        self._begun: dict[int, Begun] = {}  # by number of the round, in order
         self._at, self._round = -1, Round([], {}, {}, {})
         self._about = dict(about or {})
 
@@ -111,12 +139,14 @@ class Experience:
         return {"kind": "experience", "seed": self.seed, "prompts": len(self.prompts), **self._about}
 
     def state(self) -> dict[str, Any]:
-        return {"cursor": self.cursor, "beta": self.beta, "round": self._at}
+        cursor = next((begun.cursor for begun in self._begun.values()), self.cursor)
+        return {"cursor": cursor, "beta": self.beta, "round": self._at}
 
     def load(self, state: dict[str, Any]) -> None:
         if state:
             self.cursor, self.beta = int(state["cursor"]), float(state["beta"])
             self._at = -1
+            self._begun.clear()
 
     # --- a round ---
 
@@ -148,10 +178,14 @@ class Experience:
         clock = Clock()
         with clock("refresh"):
             self.rollout.refresh(number)
+        with clock("rollout"):
+            self._begin(number, rank, ranks)
         samples, scores, drawn, silent = self._answers(number, rank, ranks, clock)
         with clock("logprobs"), looking(self.model):
             numbers, tokens = self._looked_up(samples)
-        notes = _watch(samples, scores, drawn=drawn, silent=silent)
+        notes = answer_notes(samples, scores, drawn=drawn, silent=silent)
+        if self.asking.lag:
+            notes["rollout/lag"] = (float(sum(number - s.version for s in samples)), float(len(samples)))
         advantages = self._advantages(number, samples, scores, tokens, notes)
         tokens |= advantages
         counts = [float(bool(s.length) and not (self.asking.drop_truncated and s.finish == "length")) for s in samples]
@@ -162,7 +196,38 @@ class Experience:
             self._show(number, made)
         return made
 
-    def _answers(self, number: int, rank: int, ranks: int, clock: "Clock") -> tuple[list[Sample], Scores, int, int]:
+    def _begin(self, number: int, rank: int, ranks: int) -> None:
+        """Have answers written to this round and to those that may lie ahead of it, as far as they are not begun."""
+        for ahead in range(number, number + 1 + self.asking.lag):
+            if ahead not in self._begun:
+                cursor, seed = self.cursor, derive(self.seed, "rollout", ahead, 0)
+                asked = self._next_prompts(self.asking.prompts, rank, ranks)
+                answers = self.rollout.begin(asked, self.asking.params, copies=self.asking.answers, seed=seed)
+                self._begun[ahead] = Begun(cursor, asked, answers)
+
+    def _drawn(
+        self, number: int, draw: int, missing: int, rank: int, ranks: int, clock: Clock
+    ) -> tuple[list[Prompt], list[Sample]]:
+        """A draw of prompts and the answers to them; the first was begun before."""
+        with clock("rollout"):
+            if draw == 0:
+                begun = self._begun.pop(number)
+                samples = begun.answers()
+                self._refuse_stale(number, samples)
+                return begun.prompts, samples
+            asked = self._next_prompts(missing * ranks, rank, ranks)
+            seed = derive(self.seed, "rollout", number, draw)
+            return asked, self.rollout.write(asked, self.asking.params, copies=self.asking.answers, seed=seed)
+
+    def _refuse_stale(self, number: int, samples: list[Sample]) -> None:
+        oldest = min((sample.version for sample in samples), default=number)
+        if oldest < number - self.asking.lag:
+            raise HanlinError(
+                f"Round {number} got answers of version {oldest} of the weights; with a lag of {self.asking.lag} the "
+                f"oldest may be {number - self.asking.lag}. The rollout did not take the new weights."
+            )
+
+    def _answers(self, number: int, rank: int, ranks: int, clock: Clock) -> tuple[list[Sample], Scores, int, int]:
         """This rank's answers and their scores. With `refill`, groups that say nothing are replaced by others while
         draws are left; (samples, scores, groups drawn, groups of equal scores among them)."""
         wanted = self.asking.prompts // ranks
@@ -172,18 +237,15 @@ class Experience:
         everything: list[Sample] = []
         scores = Scores([], {}, None)
         for draw in range(1 + (self.asking.refills if self.algorithm.refill else 0)):
-            missing = _most(wanted - len(kept))
+            missing = most_of_all(wanted - len(kept))
             if not missing:
                 break
-            asked = self._next_prompts(self.asking.prompts if draw == 0 else missing * ranks, rank, ranks)
-            with clock("rollout"):
-                seed = derive(self.seed, "rollout", number, draw)
-                samples = self.rollout.write(asked, self.asking.params, copies=self.asking.answers, seed=seed)
+            asked, samples = self._drawn(number, draw, missing, rank, ranks, clock)
             with clock("reward"):
                 found = self.rewards(samples)
             base = len(everything)
             everything += samples
-            scores = _joined(scores, found)
+            scores = joined_scores(scores, found)
             for group in range(len(asked)):
                 own = range(group * self.asking.answers, (group + 1) * self.asking.answers)
                 equal = len({found.total[i] for i in own}) == 1
@@ -196,9 +258,9 @@ class Experience:
         samples = [replace(sample, group=group) for group, (members, _) in enumerate(kept) for sample in members]
         if self.algorithm.greedy:
             self._add_greedy(samples, clock)
-        return samples, _taken(scores, order), drawn, silent
+        return samples, chosen_scores(scores, order), drawn, silent
 
-    def _add_greedy(self, samples: list[Sample], clock: "Clock") -> None:
+    def _add_greedy(self, samples: list[Sample], clock: Clock) -> None:
         """The score of the greedy answer to each prompt, in the notes of its samples."""
         asked = [samples[i].prompt for i in range(0, len(samples), self.asking.answers)]
         with clock("rollout"):
@@ -227,9 +289,9 @@ class Experience:
         """What the model, its reference and its critic say of the answers, without gradient."""
         row = self.algorithm
         temperature = self.asking.params.temperature
-        tokens: Numbers = {"drawn": [_written(s, s.logp) for s in samples]}
+        tokens: Numbers = {"drawn": [of_written(s, s.logp) for s in samples]}
         wants: dict[str, Callable[[SequenceBatch], Tensor]] = {}
-        if self.steps_a_round > 1:
+        if self.steps_a_round > 1 or self.asking.lag:
             wants["old"] = lambda part: trained_logprobs(self.model, part, temperature=temperature)
         if self.reference is not None:
             wants["reference"] = lambda part: self._of_reference(part, temperature)
@@ -267,9 +329,9 @@ class Experience:
         kl = None
         if row.kl_in_reward is not None and self.reference is not None:
             current = tokens.get("old") or tokens["drawn"]
-            apart = _table(current, most) - _table(tokens["reference"], most)
+            apart = padded(current, most) - padded(tokens["reference"], most)
             kl = {"k1": apart, "k2": apart**2 / 2, "k3": (-apart).exp() - 1 + apart}[row.kl_in_reward] * mask
-            spent = _mean_of_all(float(apart.mul(mask).sum()), len(samples))
+            spent = mean_of_all(float(apart.mul(mask).sum()), len(samples))
             notes["kl/answer"] = (spent, 1.0)
             notes["beta"] = (self.beta, 1.0)
         answer = total if kl is None or not row.by_answer else total - self.beta * kl.sum(1)
@@ -282,18 +344,18 @@ class Experience:
             asking.gamma,
             asking.lam,
             greedy,
-            _table(tokens["value"], most) if row.critic else None,
-            _steps(samples, scores),
+            padded(tokens["value"], most) if row.critic else None,
+            step_rewards(samples, scores),
         )
         advantage = row.advantage(scored)
         if row.whiten:
-            even = whiten(advantage[mask], moments=_all_moments(advantage[mask]))
+            even = whiten(advantage[mask], moments=moments_of_all(advantage[mask]))
             advantage = torch.zeros_like(advantage).masked_scatter(mask, even)
         made: Numbers = {"advantage": [advantage[i, :length].tolist() for i, length in enumerate(lengths)]}
         if row.critic:
             returns = discounted_returns(scored)
             made["return"] = [returns[i, :length].tolist() for i, length in enumerate(lengths)]
-            values, wanted = _table(tokens["value"], most)[mask], returns[mask]
+            values, wanted = padded(tokens["value"], most)[mask], returns[mask]
             if len(wanted) > 1:
                 spread = float(wanted.var())
                 notes["explained_variance"] = (1 - float((wanted - values).var()) / spread if spread else 0.0, 1.0)
@@ -331,105 +393,10 @@ class Experience:
         batch = packed.batch(0, 0, packed.rows_per_epoch)
         assert isinstance(batch, SequenceBatch)
         width = -(-int((batch.documents >= 0).sum(1).max()) // 32) * 32
-        batch = _narrowed(batch, min(width, self.asking.row))
+        batch = narrowed(batch, min(width, self.asking.row))
         order = batch.of_sequences("at").long().tolist()
         laid = {
             name: batch.lay_trained(torch.tensor([v for place in order for v in values[place]], dtype=torch.float32))
             for name, values in tokens.items()
         }
         return batch.with_numbers(tokens=laid)
-
-
-class Clock:
-    """Seconds by stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str):
-        start = time.perf_counter()
-        yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
-
-
-def _watch(samples: list[Sample], scores: Scores, *, drawn: int, silent: int) -> dict[str, tuple[float, float]]:
-    n, lengths = float(len(samples)), sorted(s.length for s in samples)
-    notes = {
-        "reward": (sum(scores.total), n),
-        "reward/std": (float(torch.tensor(scores.total).std()) if len(samples) > 1 else 0.0, 1.0),
-        "groups/silent": (float(silent), float(drawn)),
-        "answer/length": (float(sum(lengths)), n),
-        "answer/length_p95": (float(lengths[int(0.95 * (len(lengths) - 1))]), 1.0),
-        "answer/truncated": (float(sum(s.finish == "length" for s in samples)), n),
-        "answer/ended": (float(sum(s.finish == "stop" for s in samples)), n),
-        "answer/empty": (float(sum(s.length == 0 for s in samples)), n),
-    }
-    for name, values in scores.by_name.items():
-        said = [value for value in values if value is not None]
-        notes[f"reward/{name}"] = (sum(said), float(len(said)))
-    return notes
-
-
-def _joined(a: Scores, b: Scores) -> Scores:
-    if not a.total:
-        return b
-    steps = None if a.steps is None or b.steps is None else a.steps + b.steps
-    return Scores(a.total + b.total, {name: a.by_name[name] + b.by_name[name] for name in a.by_name}, steps)
-
-
-def _taken(scores: Scores, order: list[int]) -> Scores:
-    steps = None if scores.steps is None else [scores.steps[i] for i in order]
-    by_name = {name: [values[i] for i in order] for name, values in scores.by_name.items()}
-    return Scores([scores.total[i] for i in order], by_name, steps)
-
-
-def _written(sample: Sample, values: Sequence[float]) -> list[float]:
-    return [float(value) for value, written in zip(values, sample.written, strict=True) if written]
-
-
-def _table(rows: list[list[float]], most: int) -> Tensor:
-    return torch.tensor([[*row, *[0.0] * (most - len(row))] for row in rows], dtype=torch.float64)
-
-
-def _steps(samples: list[Sample], scores: Scores) -> tuple[list[list[float]], list[list[int]]] | None:
-    """Rewards of steps, and the written tokens at which each ends: `ends` in a sample's notes, else evenly."""
-    if scores.steps is None:
-        return None
-    ends = []
-    for sample, steps in zip(samples, scores.steps, strict=True):
-        n, k = sample.length, len(steps)
-        ends.append(list(sample.notes.get("ends") or [max(0, round(n * (i + 1) / k) - 1) for i in range(k)]))
-    return scores.steps, ends
-
-
-def _all_moments(values: Tensor) -> Tensor:
-    """Count, sum and sum of squares over all ranks."""
-    found = moments(values)
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(found)
-    return found
-
-
-def _most(count: int) -> int:
-    """Over all ranks: they draw from the same list of prompts and must agree."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return count
-    found = torch.tensor(count)
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return int(found)
-
-
-def _mean_of_all(total: float, count: int) -> float:
-    """total / count, both summed over all ranks."""
-    found = torch.tensor([total, float(count)], dtype=torch.float64)
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(found)
-    return float(found[0] / found[1].clamp_min(1))
-
-
-def _narrowed(batch: SequenceBatch, width: int) -> SequenceBatch:
-    return replace(
-        batch, ids=batch.ids[:, :width], targets=batch.targets[:, :width], positions=batch.positions[:, :width],
-        documents=batch.documents[:, :width],
-    )  # fmt: skip

@@ -3,6 +3,11 @@
 from dataclasses import replace
 
 from hanlin.align.continued import train_new_rows, write_report
+from hanlin.align.distillation import distill_data, wire_distillation
+from hanlin.align.distillation_recipe import DistillObjective
+from hanlin.align.held_out import held_out_loss
+from hanlin.align.iterate import iterate, no_single_run, open_questions
+from hanlin.align.iterate_recipe import IteratedObjective
 from hanlin.align.kto import wire_kto
 from hanlin.align.method import Data, Method, Parts, Wiring
 from hanlin.align.on_policy_recipe import OnPolicyObjective
@@ -26,12 +31,9 @@ from hanlin.align.rrhf import wire_rrhf
 from hanlin.align.sft import sft_objective
 from hanlin.align.sources import causal_lm_data, continued_data, sft_data
 from hanlin.core.errors import HanlinError
-from hanlin.data.batch import BatchSource
-from hanlin.evaluate.perplexity import evaluate_text
-from hanlin.models import Transformer, load_config
+from hanlin.models import load_config
 from hanlin.tokens import Tokenizer
 from hanlin.train import CausalLM
-from hanlin.train.trainer import Evaluate
 
 
 def method_of(recipe: TrainRecipe) -> Method:
@@ -87,23 +89,6 @@ def wire_continued(parts: Parts) -> Wiring:
     return Wiring(plain.objective, plain.source, plain.evaluate, first, before=before, finish=finish)
 
 
-def held_out_loss(sources: dict[str, BatchSource], tokenizer: Tokenizer, rows: int) -> Evaluate | None:
-    """An evaluation for the `Trainer`: loss, perplexity and bits per byte on `rows` held-out rows of each source."""
-    if not sources:
-        return None
-
-    def evaluate(model: Transformer, step: int) -> dict[str, float]:
-        values = {}
-        for name, source in sources.items():
-            found = evaluate_text(model, source, tokenizer=tokenizer, max_rows=rows)
-            values |= {f"{name}/loss": found.loss, f"{name}/perplexity": found.perplexity}
-            if found.bits_per_byte is not None:
-                values[f"{name}/bits_per_byte"] = found.bits_per_byte
-        return values
-
-    return evaluate
-
-
 METHODS: dict[type, Method] = {
     RewardObjective: Method(reward_data, wire_reward, verb=""),
     CausalLmObjective: Method(causal_lm_data, wire_text),
@@ -114,4 +99,6 @@ METHODS: dict[type, Method] = {
     KtoObjective: Method(preference_data, wire_kto, verb="chat"),
     RrhfObjective: Method(preference_data, wire_rrhf, verb="chat"),
     RahfObjective: Method(preference_data, wire_rahf, verb="chat", run=first_models),
+    DistillObjective: Method(distill_data, wire_distillation, verb="chat"),
+    IteratedObjective: Method(open_questions, no_single_run, verb="chat", run=iterate),
 }

@@ -81,6 +81,25 @@ class Correction(Section):
     level: Literal["token", "sequence", "geometric"] = "token"
 
 
+class LocalRollouts(Section):
+    """Answers come from an engine in the training process."""
+
+    kind: Literal["local"] = "local"
+
+
+class RayRollouts(Section):
+    """Answers come from processes of their own (extra `ray`), and may be written ahead."""
+
+    kind: Literal["ray"] = "ray"
+    actors: Annotated[int, Field(gt=0, description="processes, each with a copy of the weights")] = 2
+    lag: Annotated[
+        int, Field(ge=0, description="rounds that are written ahead; their answers are as many steps old")
+    ] = 0
+
+
+RolloutChoice = Annotated[LocalRollouts | RayRollouts, Field(discriminator="kind")]
+
+
 class OnPolicyObjective(Section):
     """The model answers prompts, rewards score the answers, and what was better than expected becomes likelier.
 
@@ -131,12 +150,18 @@ class OnPolicyObjective(Section):
     weights: Annotated[
         Literal["shared", "packed"], Field(description="what the engine reads: the trained weights, or a packed copy")
     ] = "shared"
+    rollout: Annotated[RolloutChoice, Field(default_factory=LocalRollouts, description="who writes the answers")]
     shown: Annotated[int, Field(ge=0, description="samples of each round in samples.jsonl")] = 4
 
     @property
     def name(self) -> str:
         """Of the algorithm."""
         return self.algorithm or self.kind
+
+    @property
+    def lag(self) -> int:
+        """Rounds that are begun before this one is learnt."""
+        return self.rollout.lag if isinstance(self.rollout, RayRollouts) else 0
 
     @model_validator(mode="after")
     def _acts(self) -> "OnPolicyObjective":
@@ -160,4 +185,9 @@ class OnPolicyObjective(Section):
         ):  # fmt: skip
             if field in given and not acts:
                 raise ValueError(f"`{field}` has no effect with {self.name}; leave it out")
+        if self.lag and row.refill:
+            raise ValueError(
+                f"`rollout.lag` is {self.lag}, but {self.name} draws more prompts when it has seen the answers, so no "
+                "round can begin before the one in front of it has ended: take lag 0, or another kind"
+            )
         return self

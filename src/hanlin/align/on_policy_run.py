@@ -13,9 +13,10 @@ import torch.distributed as dist
 from hanlin.align.algorithms import ALGORITHMS, Algorithm
 from hanlin.align.callables import load_callable
 from hanlin.align.experience import Asking, Experience
+from hanlin.align.held_out import held_out_loss
 from hanlin.align.method import Data, Parts, Wiring
 from hanlin.align.on_policy import OnPolicy, Weights
-from hanlin.align.on_policy_recipe import AdaptiveKl, OnPolicyObjective, RewardChoice
+from hanlin.align.on_policy_recipe import AdaptiveKl, Correction, OnPolicyObjective, RayRollouts, RewardChoice
 from hanlin.align.prompts import PromptRows, read_prompts
 from hanlin.align.recipe import NewModel, TrainRecipe
 from hanlin.align.reference import Reference
@@ -23,6 +24,8 @@ from hanlin.align.rewards import Exact, Number, Overlong, Pattern, RewardSet
 from hanlin.align.rollout import LocalRollout, Rollout, Turns
 from hanlin.align.round_file import Round
 from hanlin.align.samples import Prompt, Reward
+from hanlin.align.sources import ShardRows
+from hanlin.core.device import choose_device
 from hanlin.core.errors import HanlinError
 from hanlin.core.seeds import derive
 from hanlin.engine import SamplingParams
@@ -61,6 +64,8 @@ def open_prompts(recipe: TrainRecipe, tokenizer: Tokenizer, positions: int | Non
     notes = [f"{len(prompts):,} prompts, {objective.answers} answers to each of {objective.prompts_a_round} a round"]
     if left:
         notes.append(f"{len(left):,} prompts are left out, the first: {left[0]}")
+    if objective.lag:
+        notes.append(lag_note(objective))
     round_size = objective.prompts_a_round * objective.answers
     rows = recipe.train.batch_size if "batch_size" in recipe.train.model_fields_set else round_size
     if round_size % rows:
@@ -79,6 +84,10 @@ def open_prompts(recipe: TrainRecipe, tokenizer: Tokenizer, positions: int | Non
         held = [held[i] for i in order]
         notes.append(f"held out: {len(held):,} prompts")
         held_out["eval"] = PromptRows(held, rows=len(held), steps=1, pad_id=tokenizer.pad_id)
+    if objective.held_out_text:
+        shards = ShardRows(recipe, tokenizer, min(ROW, positions or ROW))
+        held_out["eval_text"], about = shards.held_out(objective.held_out_text, "held-out-text")
+        notes.append(f"held-out text: {about}")
     longest = max(len(prompt.ids) for prompt in [*prompts, *held]) + objective.max_tokens * objective.turns
     row = objective.seq_len or max(ROW, 2 ** math.ceil(math.log2(longest)))
     if objective.seq_len is None and positions is not None and longest <= positions:
@@ -93,9 +102,25 @@ def open_prompts(recipe: TrainRecipe, tokenizer: Tokenizer, positions: int | Non
     return Data(source, held_out, row, 1.0, notes, lr=rate, more=Asked(prompts, held, row))
 
 
+def lag_note(objective: OnPolicyObjective) -> str:
+    """What writing ahead means for this run."""
+    correction = chosen_correction(objective)
+    assert correction is not None
+    given = "" if objective.correction is not None else " (objective.correction is not given)"
+    return (
+        f"answers are written {objective.lag} rounds ahead with older weights; each token counts by its importance, "
+        f"{correction.mode} up to {correction.cap:g}{given}"
+    )
+
+
+def chosen_correction(objective: OnPolicyObjective) -> Correction | None:
+    """The recipe's; with answers of older weights there always is one."""
+    return objective.correction or (Correction() if objective.lag else None)
+
+
 def usual_rate(parameters: int, adapter: bool) -> float:
-    """1e-4 for ten million parameters, falling with the root of their number; ten times that for an adapter."""
-    return float(f"{(10 if adapter else 1) * 1e-4 * min(1.0, math.sqrt(1e7 / parameters)):.2g}")
+    """2e-5 for ten million parameters, falling with the root of their number; ten times that for an adapter."""
+    return float(f"{(10 if adapter else 1) * 2e-5 * min(1.0, math.sqrt(1e7 / parameters)):.2g}")
 
 
 def wire_on_policy(parts: Parts) -> Wiring:
@@ -115,7 +140,7 @@ def wire_on_policy(parts: Parts) -> Wiring:
         attach_critic(model, objective.critic)
     wants_reference = beta > 0 and (row.kl_in_reward is not None or row.kl_in_loss is not None)
     reference = Reference(model) if wants_reference else None
-    rollout = open_rollout(objective, model, parts.tokenizer, asked)
+    rollout = open_rollout(objective, model, parts.tokenizer, asked, device=settings.device)
     rewards = open_rewards(objective, parts.tokenizer)
     params = SamplingParams(
         max_tokens=objective.max_tokens, temperature=objective.temperature, top_p=objective.top_p, top_k=objective.top_k
@@ -123,25 +148,30 @@ def wire_on_policy(parts: Parts) -> Wiring:
     asking = Asking(
         objective.prompts_a_round, objective.answers, params, row.epochs, settings.batch_size, asked.row,
         settings.micro_batch_size, objective.refills, objective.reward_clip, objective.drop_truncated, objective.gamma,
-        objective.lam, objective.critic_warmup,
+        objective.lam, objective.critic_warmup, objective.lag,
     )  # fmt: skip
+    free = {"shown", "held_out", "held_out_rows", "held_out_text", "rollout"}  # a run may go on with others
     about = {
         "prompts": parts.data.source.fingerprint(),
-        "objective": objective.model_dump(mode="json", exclude={"shown", "held_out", "held_out_rows", "held_out_text"}),
+        "objective": objective.model_dump(mode="json", exclude=free),
         "algorithm": row.described(),
-    }
+    } | ({"lag": objective.lag} if objective.lag else {})
     source = Experience(
         asked.prompts, asking, row, model=model, rollout=rollout, rewards=rewards, seed=derive(parts.recipe.seed, "rl"),
         pad_id=parts.tokenizer.pad_id, beta=beta, reference=reference,
         adapt=None if objective.adaptive_kl is None else adapted(objective.adaptive_kl), run=run,
         show=None if run is None else sample_writer(run.path / SAMPLES, objective.shown), about=about,
     )  # fmt: skip
-    correction = None if objective.correction is None else objective.correction.model_dump()
+    correction = chosen_correction(objective)
     weights = Weights(
         beta, objective.temperature, objective.entropy_bonus, objective.value_weight, objective.value_clip,
-        objective.max_tokens, correction,
+        objective.max_tokens, None if correction is None else correction.model_dump(),
     )  # fmt: skip
-    evaluate = answer_evaluation(asked.held_out, rollout, rewards, params) if asked.held_out else None
+    judged = [answer_evaluation(asked.held_out, rollout, rewards, params)] if asked.held_out else []
+    text = {name: part for name, part in parts.data.held_out.items() if name == "eval_text"}
+    if (read := held_out_loss(text, parts.tokenizer, TEXT_ROWS)) is not None:
+        judged.append(read)
+    evaluate = together(judged) if judged else None
     return Wiring(OnPolicy(row, weights), source, evaluate, evaluate is not None, close=rollout.close)
 
 
@@ -159,17 +189,25 @@ def chosen_row(objective: OnPolicyObjective) -> Algorithm:
     return row
 
 
-def open_rollout(objective: OnPolicyObjective, model: Transformer, tokenizer: Tokenizer, asked: Asked) -> Rollout:
-    """The engine that writes the answers, in this process."""
+def open_rollout(
+    objective: OnPolicyObjective, model: Transformer, tokenizer: Tokenizer, asked: Asked, *, device: str
+) -> Rollout:
+    """What writes the answers: an engine in this process, or several in others."""
     turns = None
     if objective.environment is not None:
         turns = Turns(load_callable(objective.environment), objective.turns)
     together = objective.prompts_a_round * objective.answers
     longest = max(len(p.ids) for p in [*asked.prompts, *asked.held_out]) + objective.max_tokens * objective.turns
-    return LocalRollout(
-        model, tokenizer, packed=torch.bfloat16 if objective.weights == "packed" else None, turns=turns,
-        max_batch=min(together, 256), max_context=min(longest, model.config.max_positions),
-    )  # fmt: skip
+    packed = torch.bfloat16 if objective.weights == "packed" else None
+    limits = {"max_batch": min(together, 256), "max_context": min(longest, model.config.max_positions)}
+    if isinstance(objective.rollout, RayRollouts):
+        from hanlin.align.ray_rollout import RayRollout
+
+        where = choose_device(device).type
+        return RayRollout(
+            model, tokenizer, actors=objective.rollout.actors, device=where, packed=packed, turns=turns, **limits
+        )
+    return LocalRollout(model, tokenizer, packed=packed, turns=turns, **limits)
 
 
 def open_rewards(objective: OnPolicyObjective, tokenizer: Tokenizer) -> RewardSet:
@@ -268,4 +306,14 @@ def answer_evaluation(prompts: list[Prompt], rollout: Rollout, rewards: RewardSe
     return evaluate
 
 
+def together(evaluations: list[Evaluate]) -> Evaluate:
+    """Several evaluations as one."""
+
+    def evaluate(model: Transformer, step: int) -> dict[str, float]:
+        return {name: value for one in evaluations for name, value in one(model, step).items()}
+
+    return evaluate
+
+
 DRAWN = 4  # answers to each held-out prompt
+TEXT_ROWS = 32  # of held-out text in an evaluation

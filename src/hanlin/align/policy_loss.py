@@ -10,6 +10,7 @@ comes back is a sum, to be divided by the step's denominators, and metrics as (s
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -95,57 +96,63 @@ def policy_loss(
     logp = wide(logp)
     old = logp.detach() if old is None else old.detach().to(logp.dtype)
     advantages = advantages.detach().to(logp.dtype)
-    log_ratio = _at(level, logp - old, sequence, count)
-    ratio = log_ratio.clamp(-FARTHEST, FARTHEST).exp()
+    ratio = _at_level(logp - old, level, sequence, count).clamp(-FARTHEST, FARTHEST).exp()
     if form not in FORMS:
         raise HanlinError(f"form is {form!r}; it must be one of {', '.join(FORMS)}.")
-    cost = FORMS[form](logp, old, ratio, advantages, clip, dual)
+    cost = FORMS[form](Tokens(logp, old, ratio, advantages, clip, dual))
     if weight is not None:
         cost = cost * weight.detach()
     return add_up(cost, sequence, count, aggregate, length), _watch(logp - old, ratio, advantages, clip, form, dual)
 
 
-def _at(level: str, log_ratio: Tensor, sequence: Tensor, count: int) -> Tensor:
-    """The log-ratio that stands for each token: its own or its sequence's, (n,)."""
+@dataclass(frozen=True)
+class Tokens:
+    """What a form sees: tensors (n,), of which `logp` and through it `ratio` have a gradient, and the options."""
+
+    logp: Tensor
+    old: Tensor
+    ratio: Tensor
+    advantages: Tensor
+    clip: tuple[float, float]
+    dual: float | None
+
+    def bounded(self, ratio: Tensor) -> Tensor:
+        return ratio.clamp(1 - self.clip[0], 1 + self.clip[1])
+
+
+def _clip(t: Tokens) -> Tensor:
+    cost = torch.maximum(-t.advantages * t.ratio, -t.advantages * t.bounded(t.ratio))
+    if t.dual is None:
+        return cost
+    return torch.where(t.advantages < 0, torch.minimum(cost, -t.advantages * t.dual), cost)
+
+
+def _none(t: Tokens) -> Tensor:
+    return -t.advantages * t.logp
+
+
+def _cispo(t: Tokens) -> Tensor:
+    return -t.advantages * t.bounded(t.ratio.detach()) * t.logp
+
+
+def _dppo(t: Tokens) -> Tensor:
+    moved = t.logp.detach().exp() - t.old.exp()
+    inside = torch.where(t.advantages > 0, moved <= t.clip[1], moved >= -t.clip[0])
+    return -t.advantages * t.ratio.detach().clamp_max(math.inf if t.dual is None else t.dual) * t.logp * inside
+
+
+FORMS: dict[str, Callable[[Tokens], Tensor]] = {"clip": _clip, "none": _none, "cispo": _cispo, "dppo": _dppo}
+
+
+def _at_level(log_ratio: Tensor, level: str, sequence: Tensor, count: int) -> Tensor:
+    """The log-ratio that stands for each token: its own, or its sequence's mean or sum; (n,)."""
     if level == "token":
         return log_ratio
-    if level in ("sequence", "geometric"):
+    if level == "sequence":
         return mean_by_sequence(log_ratio, sequence, count)[sequence]
     if level == "sequence_sum":
         return sum_by_sequence(log_ratio, sequence, count)[sequence]
     raise HanlinError(f"level is {level!r}; it must be token, sequence or sequence_sum.")
-
-
-def _clip(
-    logp: Tensor, old: Tensor, ratio: Tensor, advantages: Tensor, clip: tuple[float, float], dual: float | None
-) -> Tensor:
-    cost = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip[0], 1 + clip[1]))
-    if dual is None:
-        return cost
-    return torch.where(advantages < 0, torch.minimum(cost, -advantages * dual), cost)
-
-
-def _none(
-    logp: Tensor, old: Tensor, ratio: Tensor, advantages: Tensor, clip: tuple[float, float], dual: float | None
-) -> Tensor:
-    return -advantages * logp
-
-
-def _cispo(
-    logp: Tensor, old: Tensor, ratio: Tensor, advantages: Tensor, clip: tuple[float, float], dual: float | None
-) -> Tensor:
-    return -advantages * ratio.detach().clamp(1 - clip[0], 1 + clip[1]) * logp
-
-
-def _dppo(
-    logp: Tensor, old: Tensor, ratio: Tensor, advantages: Tensor, clip: tuple[float, float], dual: float | None
-) -> Tensor:
-    moved = logp.detach().exp() - old.exp()
-    keep = torch.where(advantages > 0, moved <= clip[1], moved >= -clip[0])
-    return -advantages * ratio.detach().clamp_max(math.inf if dual is None else dual) * logp * keep
-
-
-FORMS: dict[str, Callable[..., Tensor]] = {"clip": _clip, "none": _none, "cispo": _cispo, "dppo": _dppo}
 
 
 @torch.no_grad()
@@ -247,8 +254,9 @@ def rollout_weights(
     if not 0 <= low < cap:
         raise HanlinError(f"low is {low} and cap {cap}; 0 <= low < cap.")
     apart = (wide(logp_old) - wide(logp_rollout)).detach()
-    stated = _at("sequence_sum" if level == "sequence" else level, apart, sequence, count)
-    test = stated.clamp(-FARTHEST, FARTHEST).exp()
+    if level not in MISMATCH:
+        raise HanlinError(f"level is {level!r}; it must be one of {', '.join(MISMATCH)}.")
+    test = _at_level(apart, MISMATCH[level], sequence, count).clamp(-FARTHEST, FARTHEST).exp()
     cut = (test < low) | (test > cap)
     if mode == "tis":
         weight = test.clamp(low, cap)
@@ -262,3 +270,6 @@ def rollout_weights(
         return weight, {}
     sums = torch.stack([weight.sum(), cut.sum(), _k3(apart).sum()]).tolist()
     return weight, dict(zip(("rollout/weight", "rollout/cut", "rollout/kl"), ((s, n) for s in sums), strict=True))
+
+
+MISMATCH = {"token": "token", "sequence": "sequence_sum", "geometric": "sequence"}  # levels of `rollout_weights`

@@ -9,10 +9,12 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from hanlin.align.adapter_choice import LoraChoice
+from hanlin.align.distillation_recipe import DistillObjective
+from hanlin.align.iterate_recipe import IteratedObjective
 from hanlin.align.on_policy_recipe import OnPolicyObjective
-from hanlin.align.reward_recipe import RewardObjective
 from hanlin.align.preference_recipe import KtoObjective, PreferenceObjective, RrhfObjective
 from hanlin.align.rahf_recipe import RahfObjective
+from hanlin.align.reward_recipe import RewardObjective
 from hanlin.core.recipe import Recipe, Section
 from hanlin.parallel.settings import Layout
 from hanlin.train.settings import LoopSettings
@@ -182,8 +184,18 @@ class TrainRecipe(Recipe):
         LoraChoice | None, Field(description="train a few added weights (LoRA) and leave the model's own as they are")
     ] = None
     objective: Annotated[
-        CausalLmObjective | ContinuedObjective | SftObjective | OnPolicyObjective | RewardObjective
-        | PreferenceObjective | KtoObjective | RrhfObjective | RahfObjective, Field(discriminator="kind")
+        CausalLmObjective
+        | ContinuedObjective
+        | SftObjective
+        | OnPolicyObjective
+        | RewardObjective
+        | PreferenceObjective
+        | KtoObjective
+        | RrhfObjective
+        | RahfObjective
+        | IteratedObjective
+        | DistillObjective,
+        Field(discriminator="kind"),
     ]
     train: TrainChoices = TrainChoices()
     parallel: Annotated[Layout, Field(description="how several processes share the work (--nproc, torchrun)")] = (

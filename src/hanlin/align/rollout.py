@@ -12,12 +12,13 @@ trained on, and the model goes on.
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from hanlin.align.reference import looking
 from hanlin.align.samples import Prompt, Sample
@@ -29,6 +30,7 @@ from hanlin.models.transformer import Transformer
 from hanlin.nn.frozen import freeze
 from hanlin.tokens import Tokenizer
 
+Pending = Callable[[], list[Sample]]  # answers that are being written: waits until they are
 Environment = Callable[[Sample], str | None]  # after a turn: what the model reads next; None: it has ended
 
 
@@ -42,6 +44,10 @@ class Rollout(Protocol):
     def write(self, prompts: Sequence[Prompt], params: SamplingParams, *, copies: int, seed: int) -> list[Sample]:
         """`copies` answers to each prompt, those to one prompt side by side, `group` counting prompts from 0. The same
         seed and weights give the same answers."""
+        ...
+
+    def begin(self, prompts: Sequence[Prompt], params: SamplingParams, *, copies: int, seed: int) -> Pending:
+        """Have them written with the weights of now, and go on; what comes back waits for them."""
         ...
 
     def close(self) -> None: ...
@@ -95,6 +101,10 @@ class LocalRollout:
                 turns=self.turns,
             )  # fmt: skip
 
+    def begin(self, prompts: Sequence[Prompt], params: SamplingParams, *, copies: int, seed: int) -> Pending:
+        samples = self.write(prompts, params, copies=copies, seed=seed)  # nobody else could meanwhile
+        return lambda: samples
+
     def close(self) -> None:
         if self._engine is not None:
             self._engine.close()
@@ -111,14 +121,11 @@ def write_turns(
     seed: int,
     version: int,
     turns: Turns | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> list[Sample]:
-    """`Rollout.write` on one engine."""
-    seen: Counter[int] = Counter()
-    wanted = []
-    for prompt in prompts:
-        own = derive(seed, "prompt", prompt.number, seen[prompt.number]) % 2**31
-        seen[prompt.number] += 1
-        wanted.append(replace(params, n=copies, logprobs=0, seed=own))
+    """`Rollout.write` on one engine. seeds: of the prompts, where these are some of many."""
+    own = prompt_seeds(prompts, seed) if seeds is None else seeds
+    wanted = [replace(params, n=copies, logprobs=0, seed=each) for each in own]
     salt = f"version {version}"
     completions = engine.generate([list(prompt.ids) for prompt in prompts], wanted, salt=salt)
     samples = [
@@ -159,6 +166,16 @@ def write_turns(
     return samples
 
 
+def prompt_seeds(prompts: Sequence[Prompt], seed: int) -> list[int]:
+    """A seed for each prompt; one that is asked twice gets two."""
+    seen: Counter[int] = Counter()
+    seeds = []
+    for prompt in prompts:
+        seeds.append(derive(seed, "prompt", prompt.number, seen[prompt.number]) % 2**31)
+        seen[prompt.number] += 1
+    return seeds
+
+
 def sample_of(completion: Completion, prompt: Prompt, group: int, version: int) -> Sample:
     """A completion as a sample; its log-probabilities are those of the distribution that was drawn from."""
     if completion.logprobs is None:
@@ -170,16 +187,28 @@ def sample_of(completion: Completion, prompt: Prompt, group: int, version: int) 
 
 
 @torch.no_grad()
-def plain_copy(model: Transformer, dtype: torch.dtype) -> Transformer:
-    """A copy of the weights in `dtype`, with an adapter added in; a critic beside the model stays behind."""
-    adapter = getattr(model, "adapter", None)
-    twin = Transformer(model.config)
-    updates = {} if adapter is None else {name: branch.update() for name, branch in adapter.branches.items()}
+def plain_weights(model: Transformer) -> dict[str, Tensor]:
+    """Parameters and buffers of a plain `Transformer` with this one's config, an adapter added in, without copying what
+    there is; a critic beside the model stays behind."""
+    with torch.device("meta"):
+        plain = Transformer(model.config)
     known = dict(model.named_parameters()) | dict(model.named_buffers())
-    for name, tensor in [*twin.named_parameters(), *twin.named_buffers()]:
-        layer = name.rpartition(".")[0]
-        value = known[name].detach()
-        if name.endswith(".weight") and layer in updates:
-            value = value + updates[layer].to(value.dtype)
-        tensor.copy_(value)
+    adapter = getattr(model, "adapter", None)
+    merged = {} if adapter is None else {f"{name}.weight": branch.merged for name, branch in adapter.branches.items()}
+    names = [name for name, _ in [*plain.named_parameters(), *plain.named_buffers()]]
+    return {name: merged[name]().to(known[name].dtype) if name in merged else known[name].detach() for name in names}
+
+
+@torch.no_grad()
+def plain_copy(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """A copy of the weights in `dtype`, with an adapter added in."""
+    twin = Transformer(model.config)
+    fill(twin, plain_weights(model))
     return twin.to(dtype).eval()
+
+
+@torch.no_grad()
+def fill(twin: Transformer, weights: Mapping[str, Tensor]) -> None:
+    """Put what `plain_weights` found into a plain model."""
+    for name, tensor in [*twin.named_parameters(), *twin.named_buffers()]:
+        tensor.copy_(weights[name])

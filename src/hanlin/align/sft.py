@@ -6,7 +6,8 @@ produce (its words and its end-of-turn token) are trained:
     <|im_start|>user\\n What is 2+2?<|im_end|>\\n<|im_start|>assistant\\n  4<|im_end|>  \\n
     ........................ read .....................................  trained      read
 
-So the objective is `CausalLM` over other targets. Conversations are packed several a row and never see each other.
+So the objective is `CausalLM` over other targets. Calls of tools and reasoning are the assistant's words like any
+other, the results of tools are read (`align.template`). Conversations share rows and never see each other.
 Defaults as the field teaches them: 1 epoch, 3 for at most 10,000 conversations; about ten times the rate at which
 pretraining ended; cosine; no dropout.
 """
@@ -16,12 +17,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hanlin.align.conversations import Conversation
+from hanlin.align.messages import Conversation, Message
+from hanlin.align.recipe import SftObjective
+from hanlin.align.template import LossOn, TrainingTemplate, learnt
 from hanlin.core.errors import HanlinError
 from hanlin.core.metrics import read_metrics
 from hanlin.core.progress import Progress
 from hanlin.data.examples import Example
 from hanlin.tokens import Tokenizer
+from hanlin.train import CausalLM
+from hanlin.train.objectives.supervised import Supervised
 
 COVER = 0.995  # share of the conversations that the automatic sequence length holds whole
 SMALL = 10_000  # conversations up to which three epochs are usual
@@ -37,6 +42,8 @@ class SftReport:
     trained: int
     seq_len: int
     longest: int
+    calls: int = 0  # of tools, that are learnt
+    thoughts: int = 0  # turns with reasoning, that are learnt
     truncated: list[str] = field(default_factory=list)  # names of those cut at `seq_len`
     dropped: list[str] = field(default_factory=list)  # names of those with no trained token left
 
@@ -47,6 +54,8 @@ class SftReport:
             f"{self.conversations:,} conversations, {self.tokens:,} tokens, {self.trained:,} trained ({share:.0f} %); "
             f"rows of {self.seq_len} tokens"
         ]
+        if self.calls or self.thoughts:
+            lines.append(f"learnt among them: calls of tools {self.calls:,}, turns with reasoning {self.thoughts:,}")
         if self.truncated:
             lines.append(
                 f"{len(self.truncated):,} longer than {self.seq_len} tokens are cut there (the longest has "
@@ -54,7 +63,7 @@ class SftReport:
             )
         if self.dropped:
             lines.append(
-                f"{len(self.dropped):,} are left out, their answers begin after {self.seq_len} tokens: "
+                f"{len(self.dropped):,} are left out, nothing in their first {self.seq_len} tokens is trained: "
                 f"{_some(self.dropped)}"
             )
         return lines
@@ -66,23 +75,27 @@ def sft_examples(
     *,
     seq_len: int | None = None,
     max_positions: int | None = None,
+    loss_on: LossOn = "all_turns",
     quiet: bool = True,
 ) -> tuple[list[Example], SftReport]:
     """Conversations -> examples of at most `seq_len` tokens with the assistant's tokens marked.
 
+    loss_on: whether all of the assistant's turns are learnt or the last one only (`align.template`).
     seq_len None: the smallest power of two that holds 99.5 % of the conversations whole, at most `max_positions`.
     A longer one is cut at its end; one with no trained token left is dropped; both are reported.
     """
     examples = []
+    template = TrainingTemplate(tokenizer, loss_on=loss_on)
     with Progress("tokenise", total=len(conversations), unit="conversations", quiet=quiet) as bar:
         for conversation in conversations:
-            examples.append(encode_conversation(conversation, tokenizer))
+            examples.append(template.encode(conversation))
             bar.advance()
     lengths = [len(example.ids) for example in examples]
     if seq_len is None:
         seq_len = covering_length(lengths, max_positions)
     kept, truncated, dropped = [], [], []
-    for example in examples:
+    answers: list[Message] = []
+    for conversation, example in zip(conversations, examples, strict=True):
         short = example
         if len(example.ids) > seq_len:
             short = Example(example.ids[:seq_len], example.trained[:seq_len], example.name)
@@ -92,6 +105,7 @@ def sft_examples(
         if short is not example:
             truncated.append(example.name)
         kept.append(short)
+        answers += [conversation.messages[number] for number in learnt(conversation.messages, loss_on)]
     if not kept:
         raise HanlinError(
             f"No answer begins within {seq_len} tokens, so none of the {len(examples)} conversations can be learnt "
@@ -103,28 +117,36 @@ def sft_examples(
         trained=sum(sum(e.trained) for e in kept),
         seq_len=seq_len,
         longest=max(lengths),
+        calls=sum(len(message.calls) for message in answers),
+        thoughts=sum(message.reasoning is not None for message in answers),
         truncated=truncated,
         dropped=dropped,
     )
     return kept, report
 
 
-def encode_conversation(conversation: Conversation, tokenizer: Tokenizer) -> Example:
-    """One conversation as tokens; turns of the assistant with weight 0 are read and not trained."""
-    chat = tokenizer.chat_trained(conversation.plain())
-    trained = list(chat.trained)
-    answers = [message for message in conversation.messages if message.role == "assistant"]
-    if not all(message.trained for message in answers):
-        turns = trained_runs(trained)
-        if len(turns) != len(answers):
-            raise HanlinError(
-                f"{conversation.name}: a turn has weight 0, but this chat template does not keep the assistant's turns "
-                f"apart ({len(answers)} turns, {len(turns)} stretches of trained tokens). Remove the weights."
-            )
-        for message, (start, stop) in zip(answers, turns, strict=True):
-            if not message.trained:
-                trained[start:stop] = [False] * (stop - start)
-    return Example(chat.ids, trained, conversation.name)
+def encode_conversation(conversation: Conversation, tokenizer: Tokenizer, *, loss_on: LossOn = "all_turns") -> Example:
+    """One conversation as tokens; turns of the assistant with weight 0 are read and not trained. For many of them keep
+    one `TrainingTemplate`."""
+    return TrainingTemplate(tokenizer, loss_on=loss_on).encode(conversation)
+
+
+def refuse_idle_last_turn(conversations: Sequence[Conversation]) -> None:
+    """`HanlinError` where learning the last turn only is learning all of them."""
+    for conversation in conversations:
+        if learnt(conversation.messages, "last_turn") != learnt(conversation.messages, "all_turns"):
+            return
+    raise HanlinError(
+        f"objective.loss_on is last_turn, but none of the {len(conversations):,} conversations has an earlier turn to "
+        "leave out. Leave it out (all_turns learns the same)."
+    )
+
+
+def sft_objective(choice: SftObjective, *, ahead: int = 0, z_loss: float = 0.0) -> CausalLM:
+    """Next-token prediction, with the noise and the loss of the recipe."""
+    if choice.loss == "nll" and choice.neftune is None:
+        return CausalLM(ahead=ahead, z_loss=z_loss)
+    return Supervised(loss=choice.loss, neftune=choice.neftune, ahead=ahead, z_loss=z_loss)
 
 
 def trained_runs(trained: Sequence[bool]) -> list[tuple[int, int]]:

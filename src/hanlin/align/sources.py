@@ -33,7 +33,7 @@ def open_tokenizer(recipe: TrainRecipe) -> Tokenizer:
     return Tokenizer.load(path)
 
 
-class _Shards:
+class ShardRows:
     """The shard folders of a recipe as rows of `seq_len` tokens."""
 
     def __init__(self, recipe: TrainRecipe, tokenizer: Tokenizer, seq_len: int) -> None:
@@ -80,7 +80,7 @@ def causal_lm_data(recipe: TrainRecipe, tokenizer: Tokenizer, positions: int | N
     """Token shards, mixed."""
     objective = recipe.objective
     assert isinstance(objective, CausalLmObjective)
-    shards = _Shards(recipe, tokenizer, objective.seq_len)
+    shards = ShardRows(recipe, tokenizer, objective.seq_len)
     source, about = shards.mixed(objective.shards, "data")
     notes = [f"{about}; rows of {objective.seq_len} tokens"]
     held_out = {}
@@ -94,7 +94,7 @@ def continued_data(recipe: TrainRecipe, tokenizer: Tokenizer, positions: int | N
     """Domain, general text and conversations, each with its share of the rows."""
     objective = recipe.objective
     assert isinstance(objective, ContinuedObjective)
-    shards = _Shards(recipe, tokenizer, objective.seq_len)
+    shards = ShardRows(recipe, tokenizer, objective.seq_len)
     domain, about = shards.mixed(objective.domain, "domain")
     notes = [f"domain: {about}; rows of {objective.seq_len} tokens"]
     talk = objective.sft_share if objective.sft else 0.0
@@ -167,7 +167,7 @@ def _sft_data(
             notes.append(f"held out: {len(kept.skipped):,} rows are skipped, the first: {kept.skipped[0]}")
         held_out["eval"] = pack(kept_examples, 0)
     if objective.replay:
-        shards = _Shards(recipe, tokenizer, report.seq_len)
+        shards = ShardRows(recipe, tokenizer, report.seq_len)
         replay, about = shards.general(objective.replay, objective.replay_ratio, "replay", "conversations")
         notes.append(about)
         return Data(

@@ -1,4 +1,4 @@
-"""`hanlin runs list | show | compare`: what run folders tell, as tables and plots."""
+"""`hanlin runs list | show | compare | watch`: what run folders tell, as tables and plots, and live on a page."""
 
 import json
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hanlin.cli.parser import figure, make_parser
-from hanlin.core.errors import HanlinError
+from hanlin.core.errors import HanlinError, require
 
 if TYPE_CHECKING:
     from hanlin.train.history import RunHistory
@@ -23,28 +23,38 @@ def main(argv: list[str]) -> None:
         examples=[
             "hanlin runs list",
             "hanlin runs show runs/pretrain-tiny --png curves.png",
+            "hanlin runs show runs/grpo-sums --health",
             "hanlin runs compare runs/a runs/b --png both.png --by tokens",
+            "hanlin runs watch runs",
             "hanlin runs list --root /data/runs --json",
         ],
     )
-    what = parser.add_subparsers(dest="what", required=True, metavar="list | show | compare")
+    what = parser.add_subparsers(dest="what", required=True, metavar="list | show | compare | watch")
     listing = what.add_parser("list", help="a line a run, the newest last")
     listing.add_argument("--root", type=Path, default=Path("runs"), help="folder of run folders (default: runs)")
     show = what.add_parser("show", help="the recipe, the last values and a curve of one run")
     show.add_argument("runs", nargs=1, type=Path, metavar="RUN", help="run folder")
+    show.add_argument("--health", action="store_true", help="write health.png and report.md into it; print its alarms")
     compare = what.add_parser("compare", help="what the recipes differ in, the values and curves side by side")
     compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     for one in (show, compare):
         one.add_argument("--png", type=figure, metavar="FILE", help="write the curves to this file (png, svg, pdf)")
         one.add_argument("--keys", nargs="+", metavar="KEY", help=f"which curves (default: {', '.join(CURVES)})")
         one.add_argument("--by", choices=("step", "tokens", "time"), default="step", help="along which axis")
+    watch = what.add_parser("watch", help="a page that follows the runs of a folder, with alarms and answers")
+    watch.add_argument("root", nargs="?", type=Path, default=Path("runs"), help="folder of run folders (default: runs)")
+    watch.add_argument("--port", type=int, default=8001, help="port to listen on (0: any free one; default 8001)")
     for one in (listing, show, compare):
         one.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
     if arguments.what == "list":
         _list(arguments.root, arguments.json)
+    elif arguments.what == "watch":
+        _watch(arguments.root, arguments.port, quiet=arguments.quiet)
     else:
         _compare(arguments)
+        if arguments.what == "show" and arguments.health:
+            _write_health(arguments.runs[0], as_json=arguments.json)
 
 
 def _list(root: Path, as_json: bool) -> None:
@@ -105,6 +115,28 @@ def _compare(arguments: Any) -> None:
             _print_table(["recipes differ in", *names], rows, left=(0,))
     if arguments.png and not arguments.json:
         print(f"\nThe curves are in {arguments.png}.")
+
+
+def _watch(root: Path, port: int, *, quiet: bool) -> None:
+    require("nicegui", "studio")
+    if not root.is_dir():
+        raise HanlinError(f"There is no folder {root}: give the folder of run folders, or one run folder.")
+    from hanlin.studio.watch import watch_runs
+
+    watch_runs(root, port=port, quiet=quiet)
+
+
+def _write_health(folder: Path, *, as_json: bool) -> None:
+    from hanlin.align.health_report import FIGURE, REPORT, write_health
+    from hanlin.core.runs import Run
+
+    alarms = write_health(Run(folder))
+    if as_json:
+        return
+    print()
+    for alarm in alarms:
+        print(f"Step {alarm.step:g}: {alarm.text}")
+    print(f"{'' if alarms else 'No alarm. '}The panels are in {folder / FIGURE}, the report in {folder / REPORT}.")
 
 
 def _show(run: "RunHistory", known: list[str], keys: list[str], by: str, recipe: dict[str, Any]) -> None:

@@ -10,6 +10,8 @@ from hanlin.core.errors import HanlinError
 RECIPES = {
     "train": "hanlin.align.recipe:TrainRecipe",
     "data": "hanlin.data.recipe:DataRecipe",
+    "synthesis": "hanlin.align.synthesis.recipe:SynthesisRecipe",
+    "selection": "hanlin.align.selection.recipe:SelectionRecipe",
     "quickstart": "hanlin.quickstart.recipe:QuickstartRecipe",
 }
 

@@ -18,15 +18,27 @@ class Mixture:
     """A `BatchSource` of sources whose rows are equally long.
 
     weights: shares of the rows, they need not sum to 1; 0 leaves a source out. One epoch lasts until every source has
-    been seen once (0 steps, endless, if one of them is).
+    been seen once (0 steps, endless, if one of them is), or the one with the number `epoch_of`.
     """
 
-    def __init__(self, sources: Sequence[BatchSource], weights: Sequence[float], *, rows_per_step: int, seed: int):
+    def __init__(
+        self,
+        sources: Sequence[BatchSource],
+        weights: Sequence[float],
+        *,
+        rows_per_step: int,
+        seed: int,
+        epoch_of: int | None = None,
+    ) -> None:
         if len(sources) != len(weights):
             raise HanlinError(f"A mixture of {len(sources)} sources has {len(weights)} weights; give one for each.")
         mixed(0, weights, seed)  # refuses negative weights and a sum of zero
         self.sources, self.weights, self.rows_per_step, self.seed = list(sources), list(weights), rows_per_step, seed
         used = [(source, weight / sum(weights)) for source, weight in zip(sources, weights, strict=True) if weight]
+        if epoch_of is not None:
+            if not weights[epoch_of]:
+                raise HanlinError(f"The epochs of a mixture are source {epoch_of}'s, which has the weight 0.")
+            used = [(sources[epoch_of], weights[epoch_of] / sum(weights))]
         rows = [source.steps_per_epoch * source.rows_per_step / share for source, share in used]
         self.steps_per_epoch = int(-(-max(rows) // rows_per_step)) if all(rows) else 0
 

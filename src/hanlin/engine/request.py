@@ -113,9 +113,22 @@ class Request:
 
     @property
     def sharing(self) -> bool:
-        """Whether known pages may stand for its prompt: not where every token's logits or hidden state is wanted."""
-        unread = self.params.prompt_logprobs is None or len(self.prompt_logprobs) >= self.prompt_tokens - 1
-        return unread and (self.search is None or self.search.sharing)
+        """Whether known pages may stand for all of its prompt: not where logits or hidden states of it are wanted."""
+        return self.unscored_from == self.prompt_tokens and (self.search is None or self.search.sharing)
+
+    @property
+    def unscored_from(self) -> int:
+        """The first token of the prompt whose log-probability is still to be reported; its length where none is."""
+        if self.params.prompt_logprobs is None:
+            return self.prompt_tokens
+        return min(self.params.prompt_logprobs_from + len(self.prompt_logprobs), self.prompt_tokens)
+
+    @property
+    def sharable(self) -> int:
+        """How many of its first tokens known pages may stand for: at most all but the last, whose logits are needed."""
+        if self.sharing:
+            return len(self.ids) - 1
+        return 0 if self.search is not None else self.unscored_from - 1
 
     def accept(self, token: int, logprob: TokenLogprob | None) -> None:
         """The next token; delivers its event, or ends the request (`finish_reason`)."""

@@ -196,8 +196,7 @@ class Scheduler:
         if self._fork_of_leader(request):
             return True
         table = self.tables.start(request.root, request.hashes)
-        limit = len(request.ids) - 1 if request.sharing else 0  # the last is computed anyway: its logits are needed
-        found = self.tables.find(table, request.ids, limit)
+        found = self.tables.find(table, request.ids, request.sharable)
         pages = -(-(len(request.ids) + 1) // self.tables.page)
         short = any(
             group.window is None and pages - sum(isinstance(p, int) and pool.holders(p) > 0 for p in row) > pool.free

@@ -54,8 +54,9 @@ class SamplingParams:
 
     logprobs: None, or how many alternatives to report beside each chosen token, under the model's own distribution
     (temperature 1, before every filter); -1: the whole vocabulary. prompt_logprobs: the same for each token of the
-    prompt but the first. n: how many completions; best_of: how many are drawn, of which the n with the highest mean
-    log-probability are returned.
+    prompt but the first; prompt_logprobs_from: from this token of the prompt on, so that what stands before it may come
+    from the pages of another prompt that began alike. n: how many completions; best_of: how many are drawn, of which
+    the n with the highest mean log-probability are returned.
 
     beams: beam search of so many beams (1: off), which returns the n best; length_penalty: the sum of log-probabilities
     is divided by length^length_penalty; early_stopping: stop as soon as there are `beams` finished ones; beam_groups,
@@ -89,6 +90,7 @@ class SamplingParams:
     seed: int | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    prompt_logprobs_from: int = 1
     n: int = 1
     best_of: int | None = None
     beams: int = 1
@@ -124,6 +126,7 @@ class SamplingParams:
                 self.prompt_logprobs,
                 "-1 (all), 0 or more",
             ),
+            (self.prompt_logprobs_from >= 1, "prompt_logprobs_from", self.prompt_logprobs_from, "at least 1"),
             (self.n >= 1, "n", self.n, "at least 1"),
             (self.best_of is None or self.best_of >= self.n, "best_of", self.best_of, "at least n"),
             (self.beams >= 1, "beams", self.beams, "at least 1 (off)"),
@@ -194,7 +197,7 @@ class Completion:
     finish_reason: FinishReason
     usage: Usage
     index: int = 0  # which of the `n` completions of its prompt
-    prompt_logprobs: list[TokenLogprob] | None = None  # of every prompt token but the first
+    prompt_logprobs: list[TokenLogprob] | None = None  # of the prompt's tokens from prompt_logprobs_from on
     score: float | None = None
     stop: str | int | None = None  # the stop string or end token that ended it
 

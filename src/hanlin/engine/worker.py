@@ -331,13 +331,14 @@ class Worker:
         request = work.request
         if request.search is not None:
             return request.search.wants_hidden
-        return request.params.prompt_logprobs is not None and len(request.prompt_logprobs) < request.prompt_tokens - 1
+        first = request.unscored_from
+        return first < request.prompt_tokens and request.computed + work.count >= first
 
     def _report_prompt(self, work: Work, logits: Tensor) -> None:
         """Log-probabilities of the prompt's tokens behind those that were computed: logits (count, V)."""
         request = work.request
         first = request.computed + 1  # the token that the first of these logits speaks about
-        told = len(request.prompt_logprobs) + 1  # those before it were reported, perhaps before a preemption
+        told = request.unscored_from  # those before it were reported, perhaps before a preemption, or not asked for
         targets = request.ids[max(first, told) : min(first + work.count, request.prompt_tokens)]
         skip = max(0, told - first)
         if targets:

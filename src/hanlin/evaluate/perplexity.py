@@ -82,7 +82,7 @@ def evaluate_text(
     tokenizer: the one that made the rows; gives the bytes. max_rows: the first so many rows of the source's order
     (None: one epoch). A source without a predicted token, or an endless one without `max_rows`, is a `HanlinError`.
     """
-    return _measure(model, _epoch(source, max_rows), tokenizer, title="evaluate", quiet=quiet)
+    return _measure(model, rows_once(source, max_rows), tokenizer, title="evaluate", quiet=quiet)
 
 
 def evaluate_strings(
@@ -170,7 +170,7 @@ def count_bytes(ids: Tensor, tokenizer: Tokenizer, lengths: dict[int, int]) -> i
     return total
 
 
-def _epoch(source: BatchSource, max_rows: int | None) -> Iterator[Batch]:
+def rows_once(source: BatchSource, max_rows: int | None) -> Iterator[Batch]:
     """Rows of one epoch, a few at a time. A source that knows its `rows_per_epoch` gives each once; of another, such as
     a mixture, one epoch is its whole steps."""
     rows = getattr(source, "rows_per_epoch", None) or source.steps_per_epoch * source.rows_per_step

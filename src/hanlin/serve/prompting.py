@@ -1,7 +1,8 @@
 """A conversation as token ids: the model's own chat template with tools, reasoning switches and unfinished turns.
 
 A template that knows nothing of tools gets them as text: a system message that lists them, and calls and results in the
-form that Hermes and Qwen models learnt (`<tool_call>{"name", "arguments"}</tool_call>`).
+form that Hermes and Qwen models learnt (`<tool_call>{"name", "arguments"}</tool_call>`), which is also how the template
+of Hanlin's own tokenizers writes them.
 """
 
 import json
@@ -12,17 +13,9 @@ from typing import Any
 from hanlin.serve.chat_request import ChatRequest
 from hanlin.serve.errors import ApiError
 from hanlin.tokens import Tokenizer
+from hanlin.tokens.chat_template import TOOLS_CLOSING, TOOLS_OPENING
 
 Turns = Sequence[Mapping[str, Any]]
-
-TOOL_INTRODUCTION = """You may call functions to answer. These are their signatures, one JSON object a line:
-<tools>
-{tools}
-</tools>
-A call is written as a JSON object with the function's name and its arguments between tags:
-<tool_call>
-{{"name": "…", "arguments": {{…}}}}
-</tool_call>"""
 
 
 def prompt_ids(body: ChatRequest, tokenizer: Tokenizer) -> list[int]:
@@ -98,8 +91,8 @@ def in_words(turns: Turns, tools: Sequence[Mapping[str, Any]]) -> list[dict[str,
         text = "\n".join(part for part in (turn["content"], *calls) if part)
         told.append({name: turn[name] for name in ("role", "name") if name in turn} | {"content": text})
     if tools:
-        lines = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
-        introduction = TOOL_INTRODUCTION.format(tools=lines)
+        lines = "".join(json.dumps(tool, ensure_ascii=False) + "\n" for tool in tools)
+        introduction = TOOLS_OPENING + lines + TOOLS_CLOSING
         if told and told[0]["role"] == "system":
             told[0]["content"] += "\n\n" + introduction
         else:

@@ -5,11 +5,12 @@
                                                          AffinityRouter   └──▶ Replica 1
 
 Ray Serve starts the replicas, watches them and replaces one that dies; its own HTTP proxy is left out, for the front
-has to read a prompt before it can choose. All of it lives on this machine (`local_ray.py`).
+has to read a prompt before it can choose. All of it lives on this machine (`core.local_ray`).
 """
 
 import asyncio
 import contextlib
+import logging
 import os
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,11 +20,12 @@ from typing import Any
 from starlette.types import Message
 
 from hanlin.core.errors import HanlinError, require
+from hanlin.core.local_ray import local_ray
 from hanlin.serve.fleet import Ask, Fleet, ReplicaLostError, Whole, answer_of, whole_answer_of
 from hanlin.serve.limits import Key
-from hanlin.serve.local_ray import QUIET, local_ray
 
 APP = "hanlin"
+QUIET = {"log_level": "CRITICAL", "enable_access_log": False}  # what fails is raised, or told by the front
 MANY = 4096  # requests in one replica: never reached, for the engine's own bounded queue answers 429 before
 ROUTER = "hanlin.serve.ray_router.AffinityRouter"
 PIECE_SECONDS = 1e-3  # of work that one piece of an answer costs on its way: a replica sends no more of them
@@ -150,6 +152,8 @@ def running_replicas(offer: Offer, count: int) -> Generator[Fleet]:
     threads = max(1, (os.cpu_count() or 1) // count)
     with local_ray(cpus=count, gpus=cards) as folder:
         serve, options = require("ray.serve", "ray"), require("ray.serve.config", "ray")
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        serve.start(proxy_location="Disabled", logging_config=QUIET)  # without its HTTP proxy
         deployment = serve.deployment(
             Replica,
             name="replica",

@@ -18,6 +18,7 @@ from hanlin.studio.answer import Answer, TooLongError, fit
 from hanlin.studio.answer_view import AnswerView
 from hanlin.studio.chat_model import ChatModel, with_adapters
 from hanlin.studio.conversation import Conversation, Turn
+from hanlin.studio.frame import IS_DARK, remember_language, remember_look
 from hanlin.studio.pager import build_icon
 from hanlin.studio.portable import Talk
 from hanlin.studio.question_view import ENTER, QuestionView
@@ -30,12 +31,9 @@ from hanlin.studio.words import Language, choose, say
 log = logging.getLogger("hanlin.studio")
 
 REFRESH = 0.06  # seconds between two updates of a growing answer
-COOKIE_AGE = 365 * 24 * 3600
 
 # Keep the cursor in the input, but raise no keyboard on a phone.
 FOCUS = "if (matchMedia('(hover: hover)').matches) document.querySelector('.hl-field textarea')?.focus()"
-
-IS_DARK = "() => emit(document.body.classList.contains('body--dark'))"
 
 
 class ChatPage:
@@ -359,17 +357,12 @@ class ChatPage:
 
     def _switch_language(self) -> None:
         self.language = "zh" if self.language == "en" else "en"
-        lang = {"en": "en", "zh": "zh-CN"}[self.language]
-        ui.run_javascript(
-            f"document.cookie = 'hanlin_language={self.language};path=/;max-age={COOKIE_AGE};samesite=strict';"
-            f"document.documentElement.lang = {json.dumps(lang)};"
-        )
+        remember_language(self.language)
         self._fill()
 
     def _set_dark(self, dark: bool) -> None:
         self._dark.value = dark
-        name = "dark" if dark else "light"
-        ui.run_javascript(f"document.cookie = 'hanlin_look={name};path=/;max-age={COOKIE_AGE};samesite=strict'")
+        remember_look(dark)
 
     def _show_about(self) -> None:
         with self._shell, ui.dialog(value=True) as dialog, ui.element("section").classes("hl-about dialog"):

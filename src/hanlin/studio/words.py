@@ -122,6 +122,20 @@ WORDS: dict[str, dict[Language, str]] = {
     },
     "key_wrong": {"en": "That key is wrong.", "zh": "密钥不对。"},
     "enter": {"en": "Enter", "zh": "进入"},
+    "run": {"en": "Run", "zh": "训练"},
+    "no_run": {"en": "no run below {folder} yet", "zh": "{folder} 下还没有训练"},
+    "step": {"en": "step {steps}", "zh": "第 {steps} 步"},
+    "run_running": {"en": "running", "zh": "进行中"},
+    "run_quiet": {"en": "nothing new for two minutes", "zh": "两分钟没有新内容"},
+    "run_finished": {"en": "finished", "zh": "已完成"},
+    "no_alarm": {"en": "No alarm.", "zh": "没有警报。"},
+    "newest_answers": {"en": "The newest answers", "zh": "最新的回答"},
+    "round": {"en": "Round", "zh": "轮"},
+    "question": {"en": "Prompt", "zh": "提示"},
+    "answer": {"en": "Answer", "zh": "回答"},
+    "score": {"en": "Score", "zh": "得分"},
+    "length": {"en": "Tokens", "zh": "词元"},
+    "cut": {"en": "… (cut)", "zh": "……（截断）"},
 }
 
 

@@ -9,7 +9,7 @@ spellings, the usual case, is rendered and encoded in one go, as `transformers` 
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,10 @@ from hanlin.core.errors import HanlinError
 from hanlin.tokens.chat_template import render
 
 NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+
+
+class RewritingTemplateError(HanlinError):
+    """A template that rewrites what it has written before."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class Placed:
 
 @dataclass(frozen=True)
 class Guarded:
-    """Messages whose special spellings are marked; mark k, between the characters `left` and `right`, was marks[k]."""
+    """Messages (and whatever else a template is given) whose special spellings are marked; mark k, between the
+    characters `left` and `right`, was marks[k]."""
 
     messages: list[dict[str, Any]]
     marks: tuple[str, ...]
@@ -68,40 +73,47 @@ class ChatEncoder:
         self.special_ids = {text: number for text, (number, token) in added.items() if token.special}
         self._cuts = _special_pattern([token for _, token in added.values() if token.special])
 
+    def text(self, messages: Sequence[Mapping[str, Any]], *, generate: bool, **variables: Any) -> str:
+        """What the template writes, for those who ask what it can write."""
+        return render(self.template, messages, generate=generate, special=self.special, **variables)
+
     def ids(self, messages: Sequence[Mapping[str, Any]], *, generate: bool, **variables: Any) -> list[int]:
         """The tokens of a conversation; generate: with the opening of the assistant's turn."""
-        guarded = self.guard(messages)
-        return self.place(self._render(guarded, len(messages), generate, variables), guarded).ids
+        guarded = self.guard([*messages, variables])
+        return self.place(self._render(guarded, len(messages), generate), guarded).ids
 
-    def trained(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[bool]]:
-        """Tokens, and which of them the assistant has to produce: its words and the token that ends its turn.
+    def trained(
+        self, messages: Sequence[Mapping[str, Any]], *, answers: Container[int] | None = None, **variables: Any
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Tokens, and the [start, stop) of those that the assistant has to produce in each of its turns: its words and
+        the token that ends the turn. answers: numbers of the messages that are asked for; None: all of the assistant's.
 
         The assistant's stretch of the text is what a generation would have had to write: it begins where the text of
         the messages before, with the opening of a turn, ends, and goes on to where the text of the messages up to this
-        one ends. This needs a template whose text only ever grows; another one is refused. A token that holds letters
-        from both sides of the beginning is not trained.
+        one ends. This needs a template whose text only grows from there on; another one is refused. A token that holds
+        letters from both sides of the beginning is not trained.
         """
-        guarded = self.guard(messages)
-        whole = self._render(guarded, len(messages), False, {})
+        guarded = self.guard([*messages, variables])
+        whole = self._render(guarded, len(messages), False)
         placed = self.place(whole, guarded)
-        marked = [False] * len(placed.ids)
         controls = set(self.special_ids.values())
+        turns = []
         for number, message in enumerate(messages):
-            if message.get("role") != "assistant":
+            if message.get("role") != "assistant" or (answers is not None and number not in answers):
                 continue
-            before = self._render(guarded, number, True, {})
-            through = self._render(guarded, number + 1, False, {})
+            before = self._render(guarded, number, True)
+            through = self._render(guarded, number + 1, False)
             if not (through.startswith(before) and whole.startswith(through)):
-                raise HanlinError(_not_growing(number, before, through, whole))
+                raise RewritingTemplateError(_not_growing(number, before, through, whole))
             inside = [
                 place
                 for place, (start, stop) in enumerate(placed.spans)
                 if start >= len(before) and stop <= len(through)
             ]
             ends = [place for place in inside if placed.ids[place] in controls]
-            for place in inside:
-                marked[place] = not ends or place <= ends[-1]
-        return placed.ids, marked
+            last = ends[-1] if ends else inside[-1] if inside else -1
+            turns.append((inside[0], last + 1) if inside else (0, 0))
+        return placed.ids, turns
 
     def guard(self, messages: Sequence[Mapping[str, Any]]) -> Guarded:
         """Messages with every special spelling marked, wherever it stands in them."""
@@ -148,10 +160,9 @@ class ChatEncoder:
                 at = control.end()
         return Placed(ids, spans)
 
-    def _render(self, guarded: Guarded, count: int, generate: bool, variables: Mapping[str, Any]) -> str:
-        return render(
-            self.template, guarded.messages[:count], generate=generate, special=self.special, **dict(variables)
-        )
+    def _render(self, guarded: Guarded, count: int, generate: bool) -> str:
+        """The first `count` messages; the template's variables stand behind the last one."""
+        return self.text(guarded.messages[:count], generate=generate, **guarded.messages[-1])
 
 
 def _special_pattern(tokens: Sequence[tokenizers.AddedToken]) -> re.Pattern[str] | None:
@@ -184,5 +195,5 @@ def _not_growing(number: int, before: str, through: str, whole: str) -> str:
         f"{expected[max(0, at - 20) : at + 20]!r} into {found[max(0, at - 20) : at + 20]!r} at character {at} of the "
         "text. What the assistant must learn to say cannot be told exactly then. Use a template whose text only grows "
         "with each message (put one in chat_template.jinja), or split the conversation so that each ends with the "
-        "answer that is to be learnt."
+        "answer that is to be learnt and train that one only."
     )

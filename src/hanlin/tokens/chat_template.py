@@ -17,21 +17,63 @@ from jinja2.parser import Parser
 
 from hanlin.core.errors import HanlinError
 
-CHATML = """\
+TOOLS_OPENING = """You may call functions to answer. These are their signatures, one JSON object a line:
+<tools>
+"""
+TOOLS_CLOSING = """</tools>
+A call is written as a JSON object with the function's name and its arguments between tags:
+<tool_call>
+{"name": "…", "arguments": {…}}
+</tool_call>"""
+
+# Tools and their results are written in the way of Hermes and Qwen, reasoning stays in every turn: the text of a
+# conversation only grows, so all of it can be trained.
+CHATML = (
+    "{%- set opening = " + json.dumps(TOOLS_OPENING) + " %}{%- set closing = " + json.dumps(TOOLS_CLOSING) + " %}"
+    """
+{%- set told = messages[0].content if messages and messages[0].role == 'system' else '' %}
+{%- if tools %}
+    {{- '<|im_start|>system\\n' ~ told ~ ('\\n\\n' if told else '') ~ opening }}
+    {%- for tool in tools %}
+        {{- tool | tojson ~ '\\n' }}
+    {%- endfor %}
+    {{- closing ~ '<|im_end|>\\n' }}
+{%- endif %}
 {%- for message in messages %}
-    {%- if message.role not in ['system', 'user', 'assistant'] %}
-        {{- raise_exception('The role is ' ~ message.role ~ '; expected system, user or assistant.') }}
+    {%- if message.role not in ['system', 'user', 'assistant', 'tool'] %}
+        {{- raise_exception('The role is ' ~ message.role ~ '; expected system, user, assistant or tool.') }}
     {%- elif message.role == 'system' and not loop.first %}
         {{- raise_exception('A system message stands first or nowhere.') }}
     {%- elif message.content is not string %}
         {{- raise_exception('The content of message ' ~ loop.index ~ ' is not text.') }}
     {%- endif %}
-    {{- '<|im_start|>' ~ message.role ~ '\\n' ~ message.content ~ '<|im_end|>\\n' }}
+    {%- if message.role == 'tool' %}
+        {%- if loop.first or loop.previtem.role != 'tool' %}
+            {{- '<|im_start|>user' }}
+        {%- endif %}
+        {{- '\\n<tool_response>\\n' ~ message.content ~ '\\n</tool_response>' }}
+        {%- if loop.last or loop.nextitem.role != 'tool' %}
+            {{- '<|im_end|>\\n' }}
+        {%- endif %}
+    {%- elif message.role != 'system' or not tools %}
+        {{- '<|im_start|>' ~ message.role ~ '\\n' }}
+        {%- if message.reasoning_content %}
+            {{- '<think>\\n' ~ message.reasoning_content ~ '\\n</think>\\n\\n' }}
+        {%- endif %}
+        {{- message.content }}
+        {%- for call in message.tool_calls or [] %}
+            {{- '\\n' if message.content or not loop.first }}
+            {{- '<tool_call>\\n{"name": ' ~ call.function.name | tojson ~ ', "arguments": ' }}
+            {{- call.function.arguments | tojson ~ '}\\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\\n' }}
+    {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
 """
+)
 
 
 class _Generation(ext.Extension):

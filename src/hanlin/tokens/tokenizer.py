@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -28,10 +28,12 @@ NOT_UTF8 = re.compile("([\udc80-\udcff]+)")  # how Python's "surrogateescape" ca
 
 @dataclass(frozen=True)
 class ChatIds:
-    """A conversation as tokens. trained[i]: token i is the assistant's (its words and its end token)."""
+    """A conversation as tokens. trained[i]: token i is the assistant's (its words and its end token). turns: the
+    [start, stop) of each of its turns."""
 
     ids: list[int]
     trained: list[bool]
+    turns: tuple[tuple[int, int], ...] = ()
 
 
 class Tokenizer:
@@ -132,14 +134,32 @@ class Tokenizer:
     def chat(self, messages: Sequence[Mapping[str, Any]], *, generate: bool = True, **variables: Any) -> list[int]:
         """Messages through the chat template; generate: end with the opening of the assistant's turn.
 
-        variables: what else the template reads (`tools`, `enable_thinking`). What is written in the messages never
-        becomes a special token.
+        variables: what else the template reads (`tools`, `enable_thinking`). What is written in the messages and there
+        never becomes a special token.
         """
         return self._chat.ids(messages, generate=generate, **variables)
 
-    def chat_trained(self, messages: Sequence[Mapping[str, Any]]) -> ChatIds:
-        """A whole conversation with the assistant's tokens marked; a template that rewrites the past is refused."""
-        return ChatIds(*self._chat.trained(messages))
+    def chat_trained(
+        self, messages: Sequence[Mapping[str, Any]], *, answers: Container[int] | None = None, **variables: Any
+    ) -> ChatIds:
+        """A whole conversation with the assistant's tokens marked; a template that rewrites them later is refused.
+
+        answers: the numbers of the assistant's messages that are wanted; None: all. variables: as in `chat`.
+        """
+        ids, turns = self._chat.trained(messages, answers=answers, **variables)
+        trained = [False] * len(ids)
+        for start, stop in turns:
+            trained[start:stop] = [True] * (stop - start)
+        return ChatIds(ids, trained, tuple(turns))
+
+    def chat_text(self, messages: Sequence[Mapping[str, Any]], *, generate: bool = False, **variables: Any) -> str:
+        """What the template writes, for those who ask what it can write; a prompt is `chat`."""
+        return self._chat.text(messages, generate=generate, **variables)
+
+    @property
+    def where(self) -> str:
+        """Its folder, for errors."""
+        return self._where
 
     @property
     def has_chat(self) -> bool:
@@ -223,10 +243,10 @@ class Tokenizer:
             return []
         probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         try:
-            ids, trained = self._chat.trained(probe)
+            ids, [(start, stop)] = self._chat.trained(probe)
         except HanlinError:  # a template for other conversations; its stop tokens stand in generation_config.json
             return []
-        last = [token for token, mine in zip(ids, trained, strict=True) if mine][-1:]
+        last = ids[start:stop][-1:]
         return [token for token in last if token in self.special.values()]
 
     @cached_property

@@ -38,6 +38,11 @@ class Gradient:
                 raise HanlinError(f"Balancing experts is not supported with the objective {name}, only with CausalLM.")
             if cluster.pipeline is not None or cluster.context is not None:
                 raise HanlinError(f"{name} cannot be laid over a pipeline or a context axis; CausalLM can.")
+        elif not objective.plain_forward and (cluster.pipeline is not None or cluster.context is not None):
+            raise HanlinError(
+                "objective.neftune needs whole documents and the whole model in each process: set parallel.pipeline "
+                "and parallel.context to 1, or leave it out."
+            )
 
     def count(self, batch: Batch) -> dict[str, float]:
         """The objective's denominators of a micro-batch, and the balance's."""

@@ -5,7 +5,7 @@ of an optimizer step before the first backward, and the trainer divides once. So
 its documents alone, and two ranks equal one. Metrics are (sum, count) pairs and reduce by addition.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +22,11 @@ Metrics = dict[str, tuple[float, float]]  # name -> (sum, count)
 
 
 class Objective(Protocol):
-    """What is being learnt. Implementations are small and hold no training state."""
+    """What is being learnt. Implementations are small and hold no training state.
+
+    One with settings of its own that change the weights has `fingerprint() -> dict` as well, JSON of them: a run is not
+    continued with others (`train.resume`).
+    """
 
     def count(self, batch: Batch) -> dict[str, float]:
         """Denominators of this (micro-)batch by name, without running the model. Summed over the optimizer step."""
@@ -44,6 +48,8 @@ class CausalLM:
     z_loss: weight of the mean of logsumexp(logits)^2 over trained tokens, which keeps logits near 0 (PaLM,
     arXiv:2204.02311, section 5).
     """
+
+    plain_forward = True  # whether `run` is the model's forward pass and nothing more: a pipeline makes it by itself
 
     def __init__(self, *, ahead: int = 0, ahead_weight: float = 0.3, z_loss: float = 0.0) -> None:
         self.ahead, self.ahead_weight, self.z_loss = ahead, ahead_weight, z_loss
@@ -71,7 +77,7 @@ class CausalLM:
             terms: list[Term] = [(total, "tokens"), (squares * self.z_loss, "tokens")]
             metrics: Metrics = {"z_loss": (float(squares.detach()), trained)}
         else:
-            total = token_loss(model, hidden, batch.targets)
+            total = self.cost(model, hidden, batch.targets)
             terms, metrics = [(total, "tokens")], {}
         metrics["loss"] = (float(total.detach()), trained)
         if self.ahead:
@@ -79,10 +85,19 @@ class CausalLM:
             outputs = model.look_ahead(hidden, batch.ids, positions=batch.positions, mask=mask)
             for k, state in enumerate(outputs, start=1):
                 targets = targets_ahead(batch.targets, k, batch.documents)
-                further = token_loss(model, state, targets)
+                further = self.cost(model, state, targets)
                 terms.append((further * (self.ahead_weight / self.ahead), f"tokens_{k}"))
                 metrics[f"loss_{k}_ahead"] = (float(further.detach()), float(count_targets(targets)))
         return terms, metrics
+
+    def cost(self, model: Transformer, hidden: Tensor, targets: Tensor) -> Tensor:
+        """The sum over targets (...) of what a token costs, from the hidden states (..., width) that predict them."""
+        return token_loss(model, hidden, targets)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """JSON of those settings that change the weights and stand nowhere else (`train.resume.identity`): `z_loss` is
+        one of the loop's and `ahead` one of the model's."""
+        return {"ahead_weight": self.ahead_weight} if self.ahead and self.ahead_weight != 0.3 else {}
 
 
 def batch_loss(model: Transformer, batch: Batch) -> Tensor:

@@ -40,8 +40,16 @@ def identity(
             "parameters": {name: list(about) for name, about in parameters.items()},
         },
     }
+    if chosen_too := _own_settings(objective):
+        value["objective_settings"] = chosen_too
     value["model"]["config"].pop("extra", None)  # changes no number
     return json.loads(json.dumps(value))
+
+
+def _own_settings(objective: object) -> dict[str, Any]:
+    """What an objective says of itself, if it has settings of its own."""
+    tell = getattr(objective, "fingerprint", None)
+    return {} if tell is None else dict(tell())
 
 
 def _acting(chosen: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ Only trained tokens go through the transform: of a masked row that is one in sev
 
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from hanlin.core.errors import HanlinError
@@ -15,7 +16,9 @@ from hanlin.data.batch import Batch
 from hanlin.models.config import HeadConfig
 from hanlin.models.transformer import Transformer
 from hanlin.nn.chunked_head import Head
-from hanlin.nn.losses import IGNORE, linear_cross_entropy
+from hanlin.nn.distillation import Divergence, linear_distillation
+from hanlin.nn.losses import IGNORE, linear_cross_entropy, linear_dft
+from hanlin.nn.token_values import token_logprobs_and_entropy
 from hanlin.parallel import vocabulary
 
 Kind = TypeVar("Kind", bound=Batch)
@@ -32,6 +35,16 @@ def token_loss(model: Transformer, hidden: Tensor, targets: Tensor) -> Tensor:
     )
 
 
+def token_dft(model: Transformer, hidden: Tensor, targets: Tensor) -> Tensor:
+    """As `token_loss`, each token's loss times its own probability (`nn.losses.linear_dft`)."""
+    if model.part is not None:
+        raise HanlinError(
+            "objective.loss dft is not computed over a vocabulary that is cut over ranks: set parallel.tensor to 1."
+        )
+    said, hidden, targets = _before_head(model, hidden, targets)
+    return linear_dft(hidden, _head(model, said), targets)
+
+
 def token_sums(model: Transformer, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """(what `token_loss` gives, sum over the trained tokens of log(sum exp z)^2): a z-loss is a weight times the second
     (PaLM, arXiv:2204.02311, section 5). A third more work in the head than `token_loss`: ask for it where it is used.
@@ -41,6 +54,43 @@ def token_sums(model: Transformer, hidden: Tensor, targets: Tensor) -> tuple[Ten
     if model.part is None:
         return vocabulary.token_sums(hidden, head, targets)
     return vocabulary.vocabulary_parallel_token_sums(hidden, head, targets, model.config.vocab_size, model.part.group)
+
+
+def token_logprobs(
+    model: Transformer, hidden: Tensor, ids: Tensor, *, temperature: float = 1.0, entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """log p(id | what stands before it) of single tokens, and the entropy of what was said there; with gradient.
+
+    hidden (n, width): of the positions that predict them; ids (n,) -> (n,), (n,) or None, fp32 (fp64 for fp64).
+    """
+    states, head = head_of(model, hidden)
+    return token_logprobs_and_entropy(states, head, ids, temperature=temperature, entropy=entropy)
+
+
+def head_of(model: Transformer, hidden: Tensor) -> tuple[Tensor, Head]:
+    """What the output matrix multiplies, made of hidden states (n, width), and the matrix, for functions of single
+    tokens' logits (`nn.token_values`)."""
+    if model.part is not None:
+        raise HanlinError(
+            "Log-probabilities of single tokens are not computed over a vocabulary that is cut over ranks: "
+            "set parallel.tensor to 1 for this objective."
+        )
+    if model.config.head is None:
+        raise HanlinError("This model was made without an output head, so it cannot predict tokens.")
+    return model.head_hidden(hidden), _head(model, model.config.head)
+
+
+def distillation_loss(
+    model: Transformer, hidden: Tensor, teacher: Transformer, told: Tensor, divergence: Divergence
+) -> Tensor:
+    """Sum over tokens of a divergence (`nn.distillation`) between what the model and a teacher say comes next.
+
+    hidden (n, width), told (n, the teacher's width): of the same positions -> scalar with gradient to the model alone.
+    """
+    states, head = head_of(model, hidden)
+    with torch.no_grad():
+        says, theirs = head_of(teacher, told)
+    return linear_distillation(states, head, says, theirs, divergence=divergence)
 
 
 def expect(batch: Batch, kind: type[Kind], objective: object) -> Kind:

@@ -1,0 +1,1 @@
+"""Synthetic conversations: a model writes what another (or itself) is then taught."""
