@@ -195,6 +195,24 @@ def test_a_run_that_goes_on_equals_one_that_was_not_stopped(folder, prompts, tmp
         assert torch.equal(one.whole(name), other.whole(name)), name
 
 
+def test_a_critic_has_a_rate_of_its_own(folder, prompts, tmp_path):
+    """One step of AdamW from equal weights moves by the rate: the critic's trunk ten times as far as the policy."""
+    recipe = rl_recipe(folder, prompts, tmp_path, kind="ppo", train={"steps": 1, "lr": 1e-4, "clip": None})
+    train(recipe, quiet=True)
+    saved, before = open_checkpoint(Run(recipe.out).checkpoints()[-1][1]), load_model(folder, device="cpu")
+    name = "model.layers.0.mlp.down_proj.weight"
+    far = [
+        (saved.whole(f"weights/{part}{name}") - before.get_parameter(name).detach()).abs().median()
+        for part in ("", "critic.trunk.")
+    ]
+    assert 8 < float(far[1] / far[0]) < 12
+    with pytest.raises(HanlinError, match="adamw"):
+        train(
+            rl_recipe(folder, prompts, tmp_path, name="muon", kind="ppo", train={"optimizer": {"kind": "muon"}}),
+            quiet=True,
+        )
+
+
 def test_equal_scores_teach_nothing(folder, prompts, tmp_path, monkeypatch):
     monkeypatch.setattr("tests.align.on_policy_cases.digits", lambda samples: [1.0] * len(samples))
     recipe = rl_recipe(folder, prompts, tmp_path, kind="gspo", train={"steps": 1})

@@ -81,6 +81,7 @@ def train(recipe: TrainRecipe, *, quiet: bool = False) -> TrainResult:
         evaluate=wiring.evaluate,
         evaluate_first=wiring.evaluate_first,
         watch=wiring.watch,
+        rates=wiring.rates,
         title=recipe.name,
         quiet=quiet,
     )

@@ -4,7 +4,7 @@
 the tracker, is the same for all of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,15 +52,16 @@ class Parts:
 
 @dataclass(frozen=True)
 class Wiring:
-    """What the loop gets. watch: says what goes wrong, line by line; before: called once ahead of it, unless the run
-    goes on; finish: when the run has ended and its model is saved, in the first process; close: in any case, at the
-    end."""
+    """What the loop gets. watch: says what goes wrong, line by line; rates: as the `Trainer` takes them; before: called
+    once ahead of it, unless the run goes on; finish: when the run has ended and its model is saved, in the first
+    process; close: in any case, at the end."""
 
     objective: Objective
     source: BatchSource
     evaluate: Evaluate | None = None
     evaluate_first: bool = False
     watch: Watch | None = None
+    rates: Mapping[str, float] = field(default_factory=dict)
     before: Callable[[], None] | None = None
     finish: Callable[[], None] | None = None
     close: Callable[[], None] = field(default=lambda: None)

@@ -141,6 +141,7 @@ class OnPolicyObjective(Section):
     value_weight: Annotated[float, Field(gt=0, description="of the critic's loss")] = 0.5
     value_clip: Annotated[float | None, Field(gt=0)] = 0.2
     critic: Annotated[Path | None, Field(description="reward model that the critic begins as; None: the policy")] = None
+    critic_rate: Annotated[float, Field(gt=0, description="times the policy's learning rate")] = 10.0
     critic_warmup: Annotated[int, Field(ge=0, description="first rounds in which only the critic learns")] = 0
     reward_clip: Annotated[float | None, Field(gt=0, description="scores beyond ± this are cut")] = None
     drop_truncated: Annotated[bool, Field(description="answers cut at max_tokens are not trained")] = False
@@ -180,7 +181,7 @@ class OnPolicyObjective(Section):
             raise ValueError(f"{self.name} compares answers to one prompt: `answers` must be at least 2, found 1")
         for field, acts in (
             ("value_weight", row.critic), ("value_clip", row.critic), ("critic", row.critic),
-            ("critic_warmup", row.critic), ("lam", row.critic), ("refills", row.refill),
+            ("critic_warmup", row.critic), ("critic_rate", row.critic), ("lam", row.critic), ("refills", row.refill),
             ("clip", row.form != "none"), ("adaptive_kl", row.kl_in_reward is not None),
         ):  # fmt: skip
             if field in given and not acts:

@@ -172,7 +172,8 @@ def wire_on_policy(parts: Parts) -> Wiring:
     if (read := held_out_loss(text, parts.tokenizer, TEXT_ROWS)) is not None:
         judged.append(read)
     evaluate = together(judged) if judged else None
-    return Wiring(OnPolicy(row, weights), source, evaluate, evaluate is not None, close=rollout.close)
+    rates = {"critic.": objective.critic_rate} if row.critic else {}
+    return Wiring(OnPolicy(row, weights), source, evaluate, evaluate is not None, rates=rates, close=rollout.close)
 
 
 def chosen_row(objective: OnPolicyObjective) -> Algorithm:

@@ -9,7 +9,7 @@ One optimizer step:
 
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from statistics import median
@@ -35,7 +35,7 @@ from hanlin.train.keeper import Keeper
 from hanlin.train.lr_finder import RangeTest, range_test
 from hanlin.train.monitor import Meter, peak_flops, synchronise
 from hanlin.train.monitors import Monitors
-from hanlin.train.mup import width_scales
+from hanlin.train.mup import Scale, width_scales
 from hanlin.train.nonfinite import explain_nonfinite
 from hanlin.train.objective import Metrics, Objective
 from hanlin.train.optim import build_optimizer, clip_gradients, group_parameters
@@ -71,9 +71,10 @@ class Trainer:
 
     The model is moved to the device of the settings; half-precision weights become fp32 (bf16 is for activations).
     evaluate: called without gradients every `eval_every` steps; `metrics.jsonl` gets what it returns; evaluate_first:
-    and before the first step. watch: sees every line of metrics; what it says is printed and stands in it. With an
-    initialised torch.distributed group every process makes a `Trainer` of the same whole model; `layout` says how they
-    share the work, and all call `evaluate`. The model then holds this rank's part.
+    and before the first step. watch: sees every line of metrics; what it says is printed and stands in it. rates:
+    factors of the learning rate by how parameters' names begin. With an initialised torch.distributed group every
+    process makes a `Trainer` of the same whole model; `layout` says how they share the work, and all call `evaluate`.
+    The model then holds this rank's part.
     """
 
     def __init__(
@@ -89,12 +90,13 @@ class Trainer:
         evaluate: Evaluate | None = None,
         evaluate_first: bool = False,
         watch: Watch | None = None,
+        rates: Mapping[str, float] | None = None,
         title: str = "train",
         quiet: bool = False,
     ) -> None:
         self.objective, self.data, self.settings, self.run = objective, data, settings, run
         self.seed, self.evaluate, self.title, self.quiet = seed, evaluate, title, quiet
-        self.evaluate_first, self.watch = evaluate_first, watch
+        self.evaluate_first, self.watch, self.rates = evaluate_first, watch, dict(rates or {})
         self.live = data if isinstance(data, LiveSource) else None
         self.steps = settings.planned_steps(data.steps_per_epoch)
         self.device = choose_device(settings.device)
@@ -445,10 +447,13 @@ class Trainer:
     def _prepare_optimizer(self) -> None:
         """What belongs to the precision: optimiser, loss scale, average."""
         base = self.settings.mup_base_width
+        scales = None if base is None else width_scales(self.model.config, base)
+        if self.rates:
+            scales = self._own_rates()
         self.optimizer = build_optimizer(
             self.model, self.settings.optimizer, self.settings.lr, dtype=self.precision.products,
             pieces=self.cluster.pieces, kinds=self.cluster.kinds, exchange=self.cluster.exchange(self.model),
-            scales=None if base is None else width_scales(self.model.config, base),
+            scales=scales,
         )  # fmt: skip
         self.scale = LossScale() if self.precision.scales_loss else None
         pieces, groups = self.cluster.pieces, vars(group_parameters(self.model, self.cluster.kinds))
@@ -456,6 +461,17 @@ class Trainer:
         self.monitors = Monitors(kinds, shares=self.cluster.shares, total=self.cluster.sum_tensor)
         average = self.settings.average
         self.average = EMA(self.cluster.pieces, average.decay, warmup=average.warmup) if average else None
+
+    def _own_rates(self) -> dict[str, Scale]:
+        """Factors of the learning rate, by parameter: those of the first beginning in `rates` that fits its name."""
+        if self.settings.optimizer.kind != "adamw" or self.settings.mup_base_width is not None:
+            raise HanlinError(
+                "Parts with rates of their own (a critic) want train.optimizer adamw, without mup_base_width."
+            )
+        return {
+            name: Scale(lr=next((factor for start, factor in self.rates.items() if name.startswith(start)), 1.0))
+            for name in self.cluster.kinds
+        }
 
     @contextmanager
     def _weights_to_keep(self) -> Generator[None]:
