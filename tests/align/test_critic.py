@@ -12,6 +12,7 @@ from hanlin.data.examples import Example
 from hanlin.data.packing import PackedExamples
 from hanlin.models import AttentionConfig, FeedForwardConfig, ModelConfig, Transformer, load_model, save_model
 from hanlin.train.choices import AdamW
+from hanlin.train.mup import Scale
 from hanlin.train.objective import document_mask
 from hanlin.train.optim import build_optimizer, group_parameters
 from hanlin.tune.lora import add_lora
@@ -147,6 +148,21 @@ def test_it_is_trained_with_the_policy_in_the_usual_groups_and_left_out_of_the_m
     again = load_model(tmp_path / "model")
     assert not hasattr(again, "critic")
     assert torch.equal(again.model.embed_tokens.weight, model.model.embed_tokens.weight)
+
+
+def test_it_may_have_a_rate_of_its_own(model):
+    """AdamW's first step moves every number by its rate: nine times as far in the critic."""
+    model = model.float()
+    model.critic = Critic.from_policy(model)
+    scales = {name: Scale(lr=9.0 if name.startswith("critic.") else 1.0) for name, _ in model.named_parameters()}
+    optimizer = build_optimizer(model, AdamW(weight_decay=0.0), 1e-3, scales=scales)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step(1.0)
+    for name, parameter in model.named_parameters():
+        moved = float((before[name] - parameter.detach()).mean())
+        assert moved == pytest.approx(9e-3 if name.startswith("critic.") else 1e-3, rel=1e-2), name
 
 
 def test_a_reward_model_of_another_kind_is_refused_by_what_differs(model, tokenizer):

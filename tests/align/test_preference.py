@@ -1,11 +1,13 @@
 """DPO and its family through the one loop: packed pairs equal padded pairs written by hand, kind by kind; the reference
 is the model as it was; runs resume, split and share as every run does."""
 
+import io
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from tests.align.judged_runs import (
     assert_close,
     assert_same,
@@ -20,10 +22,11 @@ from tests.align.judged_runs import (
 )  # fmt: skip
 
 from hanlin.align.adapter_choice import LoraChoice
-from hanlin.align.build import train
+from hanlin.align.build import find_lr, train
 from hanlin.align.methods import open_data
 from hanlin.align.pairs import preference_examples, read_preferences
 from hanlin.align.preference_recipe import DEFAULTS, PreferenceObjective
+from hanlin.align.preview import preview
 from hanlin.align.recipe import TrainRecipe
 from hanlin.core.errors import HanlinError
 from hanlin.core.metrics import read_metrics
@@ -252,3 +255,42 @@ def test_pairs_that_cannot_teach_are_said(tmp_path, base, capsys):
     train(changed(recipe_of(tmp_path, base, rows=rows, seq_len=64), steps=1))
     told = capsys.readouterr().err
     assert "their answers are equal" in told and "an answer does not fit 64 tokens" in told
+
+
+def test_the_preview_shows_pairs_side_by_side(tmp_path, base):
+    """Only answers stand between the marks of what is trained."""
+    console = Console(file=io.StringIO(), width=200)
+    preview(recipe_of(tmp_path, base), rows=1, console=console)
+    told = console.file.getvalue()
+    assert told.count("┌ document") >= 4 and "⟦No." in told and "⟦What is" not in told
+
+
+def test_a_range_test_of_the_rate_leaves_the_model_alone(tmp_path, base):
+    found = find_lr(recipe_of(tmp_path, base, kind="tdpo2"), quiet=True)
+    assert found.best > 0 and not (tmp_path / "runs" / "run" / "model").exists()
+
+
+@pytest.mark.parametrize("kind", ["simpo", "orpo"])
+def test_kinds_without_a_reference_hold_no_second_model(tmp_path, base, kind):
+    _, wiring, data = wired(recipe_of(tmp_path, base, kind=kind))
+    assert wiring.objective.reference is None and wiring.source is data.source
+
+
+def test_the_chosen_answers_loss_joins_by_its_weight(tmp_path, base):
+    """`sft` adds the mean loss over the chosen answers' tokens to any kind."""
+    plain, wiring, _ = wired(recipe_of(tmp_path, base, beta=0.1))
+    more, other, _ = wired(recipe_of(tmp_path, base, beta=0.1, sft=0.5))
+    batch = wiring.source.batch(0)
+    (one, _), (two, _) = gradient(plain, wiring.objective, [batch]), gradient(more, other.objective, [batch])
+    with torch.no_grad():
+        _, metrics = other.objective.loss(more, batch)
+    total, tokens = metrics["sft_loss"]
+    assert float(two - one) == pytest.approx(0.5 * total / tokens, rel=1e-12)
+
+
+def test_a_reference_with_another_vocabulary_is_refused(tmp_path, base, tokenizer):
+    small = Tokenizer.train([written(tmp_path, ROWS, "text.txt")], vocab_size=300)
+    small.save(tmp_path / "tokenizer")
+    other = save_base(tmp_path / "other", tmp_path / "tokenizer")
+    with pytest.raises(HanlinError, match="the same tokenizer"):
+        train(recipe_of(tmp_path, base, reference=other), quiet=True)

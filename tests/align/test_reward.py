@@ -1,6 +1,7 @@
 """Reward models are learnt from judged answers: data, losses over packed rows, runs that go on, the report."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 
+from hanlin.align import best_of_n, hacking, judge, reward_model
 from hanlin.align.build import build_model, train
 from hanlin.align.methods import open_data
 from hanlin.align.recipe import NewModel, SavedModel, TrainChoices, TrainRecipe
@@ -16,12 +19,14 @@ from hanlin.align.reward import add_reward_head, answer_rewards
 from hanlin.align.reward_data import LENGTH, read_judgements
 from hanlin.align.reward_export import load_reward_model
 from hanlin.align.reward_objective import Reward
+from hanlin.align.reward_recipe import RewardObjective
 from hanlin.align.sources import open_tokenizer
 from hanlin.core.errors import HanlinError
 from hanlin.core.metrics import read_metrics
 from hanlin.models import load_model
 from hanlin.train.objective import step_loss
 
+ROOT = Path(__file__).parents[2]
 SMALL = NewModel(family="llama", depth=2, width=32, heads=2, kv_heads=1, hidden=48, max_positions=128)
 WORDS = ["add", "four", "who", "small", "model", "two", "plus", "word"]
 
@@ -346,8 +351,22 @@ def test_options_that_do_nothing_are_refused(make):
     ]:
         with pytest.raises(ValueError, match=f"`{option}` does nothing in the form {kind}"):
             make(kind, **{f"objective__{option}": value})
+    with pytest.raises(HanlinError, match="no factor for a reward head"):
+        train(make("pairwise", train__mup_base_width=16), quiet=True)
     with pytest.raises(HanlinError, match="no row has a `margin`"):
         open_data(make("pairwise", objective__margin=True), open_tokenizer(make("pairwise")))
+
+
+def test_the_recipe_and_the_page_of_the_repository_say_what_a_recipe_says():
+    recipe = TrainRecipe.load(ROOT / "recipes" / "align" / "reward-tiny.yaml", [])
+    assert recipe.name == "reward-tiny" and isinstance(recipe.objective, RewardObjective)
+    page = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    told = RewardObjective.model_validate(yaml.safe_load(block)["objective"])
+    assert told.centre == 0.01 and told.form == "pairwise"
+    for name in ("ModelReward", "ProcessReward", "step_ends", "Judge", "best_of_n", "hacking_alarm"):
+        assert f"`{name}" in page
+        assert any(hasattr(module, name) for module in (reward_model, judge, best_of_n, hacking))
 
 
 def test_bad_rows_are_named_or_counted(make):

@@ -43,6 +43,10 @@ def test_what_stands_before_the_scores_comes_from_the_cache_and_nothing_of_them_
     with Engine(model, tokenizer, page_size=4) as engine:
         first, again = (engine.generate([prompt], scored(start))[0] for _ in range(2))
         (whole,) = engine.generate([prompt], scored(1))
+        for place in range(5, 12):  # wherever it lies in its page
+            (told,) = engine.generate([prompt], scored(place))
+            assert [each.token_id for each in told.prompt_logprobs] == prompt[place:]
+            assert told.usage.cached_tokens == (place - 1) // 4 * 4
     assert (first.usage.cached_tokens, whole.usage.cached_tokens) == (0, 0)
     assert again.usage.cached_tokens == (start - 1) // 4 * 4 > 0
     assert len(whole.prompt_logprobs) == len(prompt) - 1

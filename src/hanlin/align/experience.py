@@ -24,7 +24,7 @@ from hanlin.align.algorithms import Algorithm, Scored, discounted_returns
 from hanlin.align.critic import critic_of
 from hanlin.align.reference import Reference, looking, trained_logprobs
 from hanlin.align.rewards import RewardSet, Scores
-from hanlin.align.rollout import Pending, Rollout
+from hanlin.align.rollout import AGAIN, Pending, Rollout
 from hanlin.align.round_file import Numbers, Round, read_round, write_round
 from hanlin.align.round_numbers import (
     Clock,
@@ -186,6 +186,8 @@ class Experience:
         notes = answer_notes(samples, scores, drawn=drawn, silent=silent)
         if self.asking.lag:
             notes["rollout/lag"] = (float(sum(number - s.version for s in samples)), float(len(samples)))
+        if again := sum(AGAIN in s.notes for s in samples):
+            notes["rollout/asked_again"] = (float(again), 1.0)
         advantages = self._advantages(number, samples, scores, tokens, notes)
         tokens |= advantages
         counts = [float(bool(s.length) and not (self.asking.drop_truncated and s.finish == "length")) for s in samples]

@@ -26,14 +26,13 @@ HEADLINES = (
 )  # fmt: skip
 
 
-def write_health(run: Run) -> list[Alarm]:
-    """Both files into the run folder; returns the alarms. The `finish` of a run's wiring."""
+def write_health(run: Run) -> None:
+    """Both files into the run folder. The `finish` of a run's wiring: `partial(write_health, parts.run)`."""
     history = read_run(run.path)
     alarms = Health.over(history.rows).alarms
     draw_health(history, alarms, run.path / FIGURE)
     samples = read_samples(run.path / SAMPLES)
     write_text(run.path / REPORT, health_report(history, alarms, samples))
-    return alarms
 
 
 # --- the figure ---
@@ -68,9 +67,11 @@ def draw_health(history: RunHistory, alarms: Sequence[Alarm], out: Path) -> None
 
 def draw_panel(axes: Any, panel: Panel, curves: dict[str, Curve], alarms: Sequence[Alarm]) -> None:
     """Each metric a line, or an area on top of the one before."""
+    values = [value for curve in curves.values() for _, value in curve]
     if panel.how == "stack":
         steps = [step for step, _ in next(iter(curves.values()))]
         heights = [[value for _, value in curve] for curve in curves.values()]
+        values += [sum(column) for column in zip(*heights, strict=True)]
         axes.stackplot(steps, *heights, labels=[short_name(name) for name in curves], colors=COLOURS * 3, alpha=0.85)
     else:
         for (name, curve), colour in zip(curves.items(), COLOURS * 3, strict=False):
@@ -78,15 +79,14 @@ def draw_panel(axes: Any, panel: Panel, curves: dict[str, Curve], alarms: Sequen
             axes.plot(
                 *zip(*curve, strict=True), style, label=short_name(name), color=colour, linewidth=1.2, markersize=2.5
             )
-    values = [value for curve in curves.values() for _, value in curve]
     if panel.logarithmic and min(values) > 0:
         axes.set_yscale("log")
     else:
-        bottom, top = axes.get_ylim()
-        axes.set_ylim(
-            bottom if panel.low is None or min(values) < panel.low else panel.low,
-            top if panel.high is None or max(values) > panel.high else panel.high,
-        )
+        low = min(values) if panel.low is None else min(*values, panel.low)
+        high = max(values) if panel.high is None else max(*values, panel.high)
+        room = 0.04 * ((high - low) or abs(high) or 1.0)
+        axes.set_ylim(low - (room if low != panel.low else 0.0), high + room)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     if panel.limit is not None:
         axes.axhline(panel.limit, color=RED, linewidth=0.7, linestyle=":")
     for alarm in alarms:

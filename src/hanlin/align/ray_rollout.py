@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hanlin.align.rollout import Pending, Turns, fill, plain_weights, prompt_seeds, write_turns
+from hanlin.align.rollout import AGAIN, Pending, Turns, fill, plain_weights, prompt_seeds, write_turns
 from hanlin.align.samples import Prompt, Sample
 from hanlin.core.errors import HanlinError, require
 from hanlin.core.local_ray import local_ray
@@ -36,7 +36,6 @@ from hanlin.nn.frozen import freeze
 from hanlin.tokens import Tokenizer
 
 TRIES = 3  # processes that may die over the same prompts: then it is no accident
-AGAIN = "asked_again"  # in a sample's notes: how many processes died over it
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ def wire_reward(parts: Parts) -> Wiring:
     choice, run = parts.recipe.objective, parts.run
     assert isinstance(choice, RewardObjective)
     _refuse_cut(parts.recipe.parallel)
+    if parts.settings.mup_base_width is not None:
+        raise HanlinError("train.mup_base_width has no factor for a reward head; leave it out and give `train.lr`.")
     add_reward_head(parts.model, steps=choice.form == "process", seed=parts.recipe.seed)
     objective, held_out = Reward.of(choice), parts.data.held_out
 

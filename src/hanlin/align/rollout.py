@@ -30,6 +30,7 @@ from hanlin.models.transformer import Transformer
 from hanlin.nn.frozen import freeze
 from hanlin.tokens import Tokenizer
 
+AGAIN = "asked_again"  # in a sample's notes: how often it was lost before it was whole
 Pending = Callable[[], list[Sample]]  # answers that are being written: waits until they are
 Environment = Callable[[Sample], str | None]  # after a turn: what the model reads next; None: it has ended
 

@@ -127,12 +127,16 @@ def _watch(root: Path, port: int, *, quiet: bool) -> None:
 
 
 def _write_health(folder: Path, *, as_json: bool) -> None:
+    from hanlin.align.health import Health
     from hanlin.align.health_report import FIGURE, REPORT, write_health
+    from hanlin.core.metrics import read_metrics
     from hanlin.core.runs import Run
 
-    alarms = write_health(Run(folder))
+    run = Run(folder)
+    write_health(run)
     if as_json:
         return
+    alarms = Health.over(read_metrics(run.metrics)).alarms
     print()
     for alarm in alarms:
         print(f"Step {alarm.step:g}: {alarm.text}")

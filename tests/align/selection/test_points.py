@@ -81,10 +81,11 @@ def test_principal_components_hold_the_share_of_numpys_covariance():
 @pytest.mark.parametrize(("best", "each"), [(5, 1), (1, 2), (12, 0)])
 def test_car_is_the_union_of_the_papers_two_sets(best, each):
     n = 60
-    embeddings, quality = cloud(7, n, 8), cloud(8, n, 1)[:, 0].tolist()
-    selection = select_car(quality, embeddings, best=best, each=each, seed=5)
+    quality = cloud(8, n, 1)[:, 0].tolist()
+    embeddings = cloud(7, n, 8) * torch.tensor([3.0, 2.5, 2, 1.5, 1, 1, 1, 1])
+    selection = select_car(quality, embeddings, best=best, each=each, share=0.6, seed=5)
     k = int(math.sqrt(n / 2))
-    labels = k_means(principal_components(embeddings, 0.95), k, seed=5)[0].tolist()
+    labels = k_means(principal_components(embeddings, 0.6), k, seed=5)[0].tolist()
     wanted = set(sorted(range(n), key=lambda i: -quality[i])[:best])
     for cluster in range(k):
         members = [i for i in range(n) if labels[i] == cluster]

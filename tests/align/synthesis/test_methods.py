@@ -227,9 +227,9 @@ def test_a_run_that_is_killed_anywhere_goes_on_to_the_same_file(tmp_path, kind):
         resumed = Scripted(say)
         assert synthesize(given, writer=resumed, quiet=True).file.read_bytes() == wanted
         assert resumed.asked < whole.asked or after <= 2
-    again = Scripted(say)
-    assert synthesize(recipe(tmp_path, method, seeds), writer=again, quiet=True).file.read_bytes() == wanted
-    assert again.asked == 0  # a finished run asks nothing
+        again = Scripted(say)
+        assert synthesize(given, writer=again, quiet=True).file.read_bytes() == wanted
+        assert again.asked == 0  # a finished run asks nothing
 
 
 def test_a_higher_target_goes_on_and_another_recipe_is_refused(tmp_path):
