@@ -100,6 +100,42 @@ def test_three_hundred_healthy_runs_raise_no_alarm(block):
         assert [alarm.text for alarm in Health.over(preference_rows(seed, 200)).alarms] == []
 
 
+def constant(count=60, **values):
+    """Lines on which these metrics stand still."""
+    return [{"step": step, **{key.replace("__", "/"): value for key, value in values.items()}} for step in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("within", "beyond"),
+    [
+        (constant(groups__silent=0.79, reward=0.9), constant(groups__silent=0.81, reward=0.9)),
+        (constant(answer__truncated=0.49), constant(answer__truncated=0.51)),
+        (constant(answer__ended=0.01), constant(answer__ended=0.0)),
+        (constant(answer__empty=0.29), constant(answer__empty=0.31)),
+        (constant(rollout__mismatch_p95=0.099), constant(rollout__mismatch_p95=0.101)),
+        (constant(clip_low=0.14, clip_high=0.15), constant(clip_low=0.15, clip_high=0.16)),
+        (constant(grad_norm=1) + constant(1, grad_norm=9.9), constant(grad_norm=1) + constant(1, grad_norm=11)),
+        (constant(19, explained_variance=-1), constant(20, explained_variance=-1)),
+        (constant(entropy=1) + constant(3, entropy=0.21), constant(entropy=1) + constant(3, entropy=0.19)),
+        (constant(rewards__accuracy=0.998), constant(rewards__accuracy=1)),
+    ],
+)  # fmt: skip
+def test_a_rule_begins_at_its_limit(within, beyond):
+    """Lines are numbered anew: what is put together goes on."""
+    for rows, count in ((within, 0), (beyond, 1)):
+        health = Health.over({**row, "step": step} for step, row in enumerate(rows))
+        assert len(health.alarms) == count, [alarm.text for alarm in health.alarms]
+
+
+def test_one_outlier_is_no_alarm_and_one_leap_of_the_gradient_is():
+    rows = constant(60, rollout__mismatch_p95=0.01, answer__truncated=0.1, entropy=1.0, grad_norm=1.0)
+    rows[40] |= {"rollout/mismatch_p95": 5.0, "answer/truncated": 1.0, "entropy": 1e-3}
+    assert Health.over(rows).alarms == []
+    rows[41] |= {"grad_norm": 50.0}
+    (alarm,) = Health.over(rows).alarms
+    assert alarm.step == 41 and "50 times its median" in alarm.text
+
+
 def test_silent_groups_are_told_apart_by_the_reward():
     for name, words in (("too easy", "harder prompts"), ("too hard", "easier prompts")):
         said = [alarm.text for alarm in Health.over(troubled(name, 0)).alarms]

@@ -94,7 +94,7 @@ RULES: tuple[Rule, ...] = (
         "mismatch", "rollout/mismatch_p95", 5, above(0.1),
         "the probabilities that answers were drawn with and the trainer's differ by {now:.2g} nats (95th percentile): "
         "the gradient is of another policy. Use objective.weights: shared, train.precision: fp32, or "
-        "objective.correction.",
+        "objective.correction; filters (objective.top_p, objective.top_k) do it, too.",
     ),
     Rule(
         "clipped", "clip_high", 5, clipped(0.3),

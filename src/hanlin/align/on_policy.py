@@ -59,7 +59,7 @@ class OnPolicy:
         assert entropy is not None
         drawn, learns = batch.of_trained("drawn"), float(batch.of_sequences("learns").amax())
         old = batch.of_trained("old") if "old" in batch.tokens_of else None
-        metrics = _watch(logp, entropy, drawn, trained.sequence)
+        metrics = _watch(logp if old is None else old, entropy, drawn)
         weight = batch.of_sequences("counts")[trained.sequence]
         if chosen.correction is not None:
             before = logp.detach() if old is None else old
@@ -95,7 +95,7 @@ class OnPolicy:
 
 
 @torch.no_grad()
-def _watch(logp: Tensor, entropy: Tensor, drawn: Tensor, sequence: Tensor) -> Metrics:
+def _watch(logp: Tensor, entropy: Tensor, drawn: Tensor) -> Metrics:
     """What a run is judged by, whatever is learnt."""
     n = float(len(logp))
     if not n:

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch.distributed as dist
 from hanlin.align.algorithms import ALGORITHMS, Algorithm
 from hanlin.align.callables import load_callable
 from hanlin.align.experience import Asking, Experience
+from hanlin.align.health import watch_of
+from hanlin.align.health_report import write_health
 from hanlin.align.held_out import held_out_loss
 from hanlin.align.method import Data, Parts, Wiring
 from hanlin.align.on_policy import OnPolicy, Weights
@@ -173,7 +176,10 @@ def wire_on_policy(parts: Parts) -> Wiring:
         judged.append(read)
     evaluate = together(judged) if judged else None
     rates = {"critic.": objective.critic_rate} if row.critic else {}
-    return Wiring(OnPolicy(row, weights), source, evaluate, evaluate is not None, rates=rates, close=rollout.close)
+    return Wiring(
+        OnPolicy(row, weights), source, evaluate, evaluate is not None, watch=watch_of(run), rates=rates,
+        finish=None if run is None else partial(write_health, run), close=rollout.close,
+    )  # fmt: skip
 
 
 def chosen_row(objective: OnPolicyObjective) -> Algorithm:

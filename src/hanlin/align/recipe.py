@@ -6,16 +6,17 @@ written, as resolved, to `recipe.yaml` of the run folder.
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from hanlin.align.adapter_choice import LoraChoice
 from hanlin.align.distillation_recipe import DistillObjective
 from hanlin.align.iterate_recipe import IteratedObjective
+from hanlin.align.named_recipe import NamedRecipe
 from hanlin.align.on_policy_recipe import OnPolicyObjective
 from hanlin.align.preference_recipe import KtoObjective, PreferenceObjective, RrhfObjective
 from hanlin.align.rahf_recipe import RahfObjective
 from hanlin.align.reward_recipe import RewardObjective
-from hanlin.core.recipe import Recipe, Section
+from hanlin.core.recipe import Section
 from hanlin.parallel.settings import Layout
 from hanlin.train.settings import LoopSettings
 
@@ -172,12 +173,9 @@ class TrainChoices(LoopSettings):
         return self
 
 
-class TrainRecipe(Recipe):
+class TrainRecipe(NamedRecipe):
     """`hanlin train RECIPE`: one model, one objective, one run folder."""
 
-    name: Annotated[str, Field(description="the run folder is `runs`/`name`")]
-    runs: Annotated[Path, Field(description="folder of run folders")] = Path("runs")
-    seed: int = 0
     tokenizer: Annotated[Path | None, Field(description="tokenizer folder; None: the saved model's own")] = None
     model: Annotated[NewModel | SavedModel, Field(discriminator="kind")] = NewModel()
     adapter: Annotated[
@@ -201,18 +199,6 @@ class TrainRecipe(Recipe):
     parallel: Annotated[Layout, Field(description="how several processes share the work (--nproc, torchrun)")] = (
         Layout()
     )
-
-    @property
-    def out(self) -> Path:
-        """The run folder."""
-        return self.runs / self.name
-
-    @field_validator("name")
-    @classmethod
-    def _one_folder(cls, name: str) -> str:
-        if not name.strip() or name in (".", "..") or Path(name).name != name:
-            raise ValueError(f"{name!r} is no folder name; `runs` says where the folder lies")
-        return name
 
     @model_validator(mode="after")
     def _has_tokenizer(self) -> "TrainRecipe":

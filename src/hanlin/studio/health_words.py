@@ -58,7 +58,8 @@ ALARMS_ZH = {
     ),
     "mismatch": (
         "采样时的概率与训练时的相差 {now:.2g} nat（第 95 百分位）：梯度属于另一个策略。请用 objective.weights: "
-        "shared、train.precision: fp32，或 objective.correction。"
+        "shared、train.precision: fp32，或 objective.correction；采样过滤（objective.top_p、objective.top_k）也会造成"
+        "差别。"
     ),
     "clipped": (
         "{percent:.0f} % 的词元被裁剪，学不到东西。请降低 train.lr，减少每轮的遍数（objective.epochs），或加大每步"
