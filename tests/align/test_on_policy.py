@@ -10,13 +10,14 @@ import torch
 from tests.align.on_policy_cases import halves, model_folder, prompt_file, rl_recipe
 
 from hanlin.align.algorithms import ALGORITHMS, Algorithm, Scored, of_answer
-from hanlin.align.build import train
+from hanlin.align.build import save_model_folder, train
 from hanlin.align.method import Parts
 from hanlin.align.methods import open_data
 from hanlin.align.on_policy import OnPolicy, Weights
-from hanlin.align.on_policy_recipe import FunctionReward
+from hanlin.align.on_policy_recipe import FunctionReward, ProcessReward
 from hanlin.align.on_policy_run import wire_on_policy
 from hanlin.align.reference import trained_logprobs
+from hanlin.align.reward import add_reward_head
 from hanlin.align.rollout import LocalRollout, Turns
 from hanlin.align.samples import Prompt
 from hanlin.core.errors import HanlinError
@@ -90,6 +91,25 @@ def test_rewards_of_steps_give_every_token_what_follows_it(folder, prompts, tmp_
             expected = [sum(e for e, end in zip(even, ends, strict=True) if end >= t) for t in range(ends[1] + 1)]
             assert made.tokens["advantage"][i] == pytest.approx(expected, abs=1e-6)
     assert gradient(model, wiring.objective, [wiring.source.batch(0)])
+    wiring.close()
+
+
+def test_a_process_reward_model_says_where_steps_end(folder, prompts, tmp_path, tokenizer):
+    model = load_model(folder, dtype=torch.float32, device="cpu")
+    add_reward_head(model, steps=True)
+    save_model_folder(model, tokenizer, tmp_path / "judge")
+    reward = ProcessReward(path=tmp_path / "judge", separator="t")
+    recipe = rl_recipe(folder, prompts, tmp_path, kind="grpo_process", rewards=[reward], max_tokens=20, seq_len=64)
+    _, wiring = wired(recipe, tokenizer)
+    wiring.source.batch(0)
+    made = wiring.source._round
+    scored = wiring.source.rewards(made.samples)
+    assert scored.steps and [len(steps) for steps in scored.steps] == [len(ends) for ends in scored.ends]
+    assert any(len(steps) > 1 for steps in scored.steps)
+    for place, ends in enumerate(scored.ends):  # an advantage changes behind the end of a step, nowhere else
+        values = made.tokens["advantage"][place]
+        changes = [t for t, (a, b) in enumerate(pairwise(values)) if abs(a - b) > 1e-9]
+        assert set(changes) <= set(ends)
     wiring.close()
 
 

@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from hanlin.align.conversations import read_rows
 from hanlin.align.iterate_recipe import IteratedObjective
 from hanlin.align.iterate_rows import Made, Question, Score, Scorer, extreme_pairs, rft_rows, rso_rows, spin_rows
@@ -36,6 +38,7 @@ from hanlin.align.synthesis.writers import EngineWriter
 from hanlin.core.errors import HanlinError
 from hanlin.core.files import atomic_folder, write_text
 from hanlin.core.progress import say
+from hanlin.core.runs import Run
 from hanlin.core.seeds import derive
 from hanlin.engine import Engine, SamplingParams
 from hanlin.models import load_config
@@ -119,6 +122,8 @@ def iterate(recipe: TrainRecipe, train: Train, quiet: bool) -> TrainResult:
     questions, left = read_questions(choice.files, tokenizer, longest=longest, answered=choice.method == "spin")
     held = read_questions(choice.held_out, tokenizer, longest=longest)[0] if choice.held_out else []
     say(f"{len(questions):,} prompts, {left:,} too long", quiet=quiet)
+    with ranks.first_alone():
+        agree(recipe, writes=ranks.first)
     rounds = Rounds(recipe, choice, tokenizer, questions, held[: choice.held_out_rows], train, quiet)
     current, result = recipe.model.path, None
     for number in range(1, int(choice.value("rounds")) + 1):
@@ -133,6 +138,30 @@ def iterate(recipe: TrainRecipe, train: Train, quiet: bool) -> TrainResult:
         rounds.report(current)
     ranks.wait()
     return result
+
+
+def agree(recipe: TrainRecipe, *, writes: bool) -> None:
+    """Write RUN/recipe.yaml, or refuse to go on with rounds that another recipe made. More rounds, other held-out
+    prompts and what `train` allows between two tries may change."""
+    run = Run.open(recipe.out) if writes else Run(recipe.out)
+    if run.recipe.exists() and any(recipe.out.glob("round-*/made.json")):
+        before = _decisive(yaml.safe_load(run.recipe.read_text(encoding="utf-8")))
+        now = _decisive(yaml.safe_load(recipe.to_yaml()))
+        changed = [name for name in now if now[name] != before.get(name)]
+        if changed:
+            raise HanlinError(
+                f"{recipe.out} was begun with another recipe: `{changed[0]}` was {before.get(changed[0])}, now "
+                f"{now[changed[0]]}. Set it back, give the new run another `name`, or delete {recipe.out}."
+            )
+    if writes:
+        write_text(run.recipe, recipe.to_yaml())
+
+
+def _decisive(raw: dict[str, Any]) -> dict[str, Any]:
+    """What decides the rounds that are there, flat."""
+    free = ("rounds", "held_out", "held_out_rows")
+    objective = {f"objective.{name}": value for name, value in raw["objective"].items() if name not in free}
+    return {"seed": raw["seed"], "model": raw["model"], "adapter": raw["adapter"], **objective}
 
 
 class Rounds:
@@ -303,7 +332,7 @@ class Rounds:
             assert isinstance(self.recipe.model, SavedModel)
             kind = choice.link or ("hinge" if choice.method == "rso" else "dpo")
             objective = PreferenceObjective(
-                kind=kind, beta=choice.beta, files=[file], seq_len=choice.seq_len, packing=choice.packing,
+                kind=kind, beta=choice.beta, sft=choice.sft, files=[file], seq_len=choice.seq_len, packing=choice.packing,
             )  # fmt: skip
             if objective.needs_reference and choice.method in ("online_dpo", "rlaif", "rso") and number > 1:
                 objective = objective.model_copy(update={"reference": self.recipe.model.path})
@@ -313,10 +342,11 @@ class Rounds:
                 "adapter.path continues one adapter; rounds begin with new ones. Merge it, or leave it out."
             )
         seed = derive(self.recipe.seed, "run", number) % 2**31
+        quiet = self.recipe.train.model_copy(update={"eval_every": None, "keep_best": False})  # nothing is held out
         return self.recipe.model_copy(
             update={
                 "name": "run", "runs": self.folder(number), "model": SavedModel(path=current), "seed": seed,
-                "objective": objective,
+                "objective": objective, "train": quiet,
             }
         )  # fmt: skip
 

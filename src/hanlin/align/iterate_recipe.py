@@ -22,6 +22,7 @@ DEFAULTS: dict[IteratedMethod, dict[str, float]] = {
 ACTS_IN: dict[str, tuple[IteratedMethod, ...]] = {  # option -> the methods in which it does something
     "link": ("spin", "self_rewarding", "online_dpo", "rlaif", "rso"),
     "beta": ("spin", "self_rewarding", "online_dpo", "rlaif", "rso"),
+    "sft": ("spin", "self_rewarding", "online_dpo", "rlaif", "rso"),
     "judge": ("rlaif", "self_rewarding"),
     "rubric": ("rlaif", "self_rewarding"),
     "judge_samples": ("rlaif", "self_rewarding"),

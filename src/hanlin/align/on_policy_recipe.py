@@ -57,8 +57,17 @@ class ModelReward(Section):
     weight: float = 1.0
 
 
+class ProcessReward(Section):
+    """The chance that each step of an answer is right, by a process reward model (objective `reward`, form process)."""
+
+    kind: Literal["process"] = "process"
+    path: Annotated[Path, Field(description="model folder")]
+    separator: Annotated[str, Field(min_length=1, description="what ends a step, as that model learnt it")] = "\n"
+    weight: float = 1.0
+
+
 RewardChoice = Annotated[
-    ExactReward | NumberReward | PatternReward | OverlongReward | FunctionReward | ModelReward,
+    ExactReward | NumberReward | PatternReward | OverlongReward | FunctionReward | ModelReward | ProcessReward,
     Field(discriminator="kind"),
 ]
 

@@ -250,16 +250,20 @@ def _reward(choice: Any, tokenizer: Tokenizer, max_tokens: int) -> Reward:
         return Overlong(max_tokens, choice.margin)
     if choice.kind == "function":
         return load_callable(choice.function)
-    from hanlin.align.reward_model import ModelReward
+    from hanlin.align.reward_model import ModelReward, ProcessReward
 
+    if choice.kind == "process":
+        return ProcessReward(choice.path, tokenizer, separator=choice.separator)
     return ModelReward(choice.path, tokenizer)
 
 
 def attach_critic(model: Transformer, path: Path | None) -> None:
     """`model.critic`: from a reward model, or a copy of the policy that expects nothing yet."""
-    from hanlin.align.critic import Critic
+    from hanlin.align.critic import Critic, check_critic
 
-    model.critic = Critic.from_reward_model(path) if path is not None else Critic.from_policy(model)
+    critic = Critic.from_reward_model(path) if path is not None else Critic.from_policy(model)
+    check_critic(model, critic)
+    model.critic = critic
 
 
 def adapted(choice: AdaptiveKl) -> Callable[[float, float, int], float]:

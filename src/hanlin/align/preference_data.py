@@ -18,16 +18,17 @@ from hanlin.align.pairs import (
 )
 from hanlin.align.preference_recipe import KtoObjective, PreferenceData, PreferenceObjective, RrhfObjective
 from hanlin.align.rahf_recipe import RahfObjective
-from hanlin.align.recipe import TrainRecipe
+from hanlin.align.recipe import NewModel, TrainRecipe
 from hanlin.core.errors import HanlinError
 from hanlin.core.seeds import derive
 from hanlin.data.examples import Example
 from hanlin.data.packing import PackedExamples
+from hanlin.models import load_config
 from hanlin.tokens import Tokenizer
 
 FIRST = "first"  # of an answer: 1 where a prompt's answers begin
 ROW = "row"  # of an answer: the place of its row among those that were read
-USUAL = {"full": 1e-5, "lora": 2e-4}  # rates for small models; of billions of parameters 5e-7 to 1e-6 are usual
+FASTER = {"orpo": 3.0, "rrhf": 2.0}  # kinds that are half a fine-tuning take a higher rate
 
 
 def preference_data(recipe: TrainRecipe, tokenizer: Tokenizer, positions: int | None, quiet: bool) -> Data:
@@ -43,7 +44,11 @@ def preference_data(recipe: TrainRecipe, tokenizer: Tokenizer, positions: int | 
 
     def pack(groups: Sequence[Sequence[Example]], seed: int) -> PackedExamples:
         marked = [
-            [replace(e, numbers={**e.numbers, FIRST: float(not at)}) for at, e in enumerate(group)] for group in groups
+            [
+                replace(e, name=_named(form, e, at), numbers={**e.numbers, FIRST: float(not at)})
+                for at, e in enumerate(group)
+            ]
+            for group in groups
         ]
         return PackedExamples(
             marked, seq_len=report.seq_len * max(map(len, groups)), rows_per_step=recipe.train.batch_size, seed=seed,
@@ -68,8 +73,17 @@ def preference_data(recipe: TrainRecipe, tokenizer: Tokenizer, positions: int | 
             others["eval"] = _mismatched(kept, tokenizer, report, pack, 0)
         if isinstance(objective, RahfObjective):
             others["eval"] = kept.rows
-    rate = USUAL["full" if recipe.adapter is None else "lora"]
+    size = None if isinstance(recipe.model, NewModel) else load_config(recipe.model.path).parameters().total
+    rate = usual_rate(objective.kind, size, adapter=recipe.adapter is not None)
     return Data(source, held_out, report.seq_len, EPOCHS.get(objective.kind, 1.0), notes, rate, others)
+
+
+def usual_rate(kind: str, parameters: int | None, *, adapter: bool) -> float:
+    """3e-4 for a million parameters, falling with the root of their number (7 billion: 3.6e-6); more for the kinds in
+    `FASTER`; ten times that for an adapter, at most 1e-3. Tried at 0.3 million: `benchmarks/bench_preferences.py`."""
+    shrunk = min(1.0, (1e6 / parameters) ** 0.5) if parameters else 1.0
+    rate = 3e-4 * shrunk * FASTER.get(kind, 1.0)
+    return float(f"{min(10 * rate, 1e-3) if adapter else rate:.2g}")
 
 
 def _numbered(reading: PreferenceReading) -> PreferenceReading:
@@ -79,6 +93,15 @@ def _numbered(reading: PreferenceReading) -> PreferenceReading:
         for place, row in enumerate(reading.rows)
     ]
     return replace(reading, rows=rows)
+
+
+def _named(form: Form, example: Example, place: int) -> str:
+    """Of an answer, for people: pairs.jsonl:17 (chosen)."""
+    if form == "pairs":
+        return f"{example.name} ({'rejected' if place else 'chosen'})"
+    if form == "ranked":
+        return f"{example.name} (score {example.numbers['score']:g})"
+    return f"{example.name} ({'good' if example.numbers.get('label') else 'bad'})"
 
 
 def _about(objective: PreferenceData, reading: PreferenceReading) -> list[str]:

@@ -13,7 +13,6 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import islice, pairwise
 from pathlib import Path
 
 from hanlin.core.errors import HanlinError
@@ -21,6 +20,7 @@ from hanlin.core.files import write_text
 from hanlin.core.seeds import derive
 
 OPEN, CLOSE = "<think>", "</think>"
+TRIES = 1000  # draws in a row that miss before it is believed that there is nothing to find
 ASK = {
     "en": ("What is {}?", "Compute {}.", "How much is {}?", "Please work out {}."),
     "zh": ("{} 等于几？", "请计算 {}。", "{} 是多少？", "算一算：{}。"),
@@ -66,10 +66,17 @@ def make_problems(
     found: dict[str, Problem] = {}
     for language in ("en", "zh"):
         wanted = len(found) + (count + (language == "en")) // 2
-        for problem in islice(_draw(kind, language, chance, largest, terms, held_out, share, seed), 50 * count):
+        known = 0  # draws in a row that were there already
+        for problem in _draw(kind, language, chance, largest, terms, held_out, share, seed):
+            known = known + 1 if problem.prompt in found else 0
             found.setdefault(problem.prompt, problem)
-            if len(found) == wanted:
+            if len(found) == wanted or known == TRIES:
                 break
+    if not found:
+        raise HanlinError(
+            f"No {'held-out' if held_out else 'training'} problem of the kind {kind} has numbers up to {largest}. "
+            "Give a larger `largest`."
+        )
     problems = list(found.values())
     chance.shuffle(problems)
     return problems
@@ -81,10 +88,20 @@ def is_held_out(a: int, b: int, *, share: float, seed: int) -> bool:
 
 
 def write_problems(
-    out: Path, kind: str, *, train: int, held_out: int, largest: int, terms: int = 3, worked: int = 0, seed: int = 0
+    out: Path,
+    kind: str,
+    *,
+    train: int,
+    held_out: int,
+    largest: int,
+    terms: int = 3,
+    worked: int = 0,
+    answered: int = 0,
+    seed: int = 0,
 ) -> dict[str, int]:
-    """`train.jsonl` and `held-out.jsonl` (prompt, answer), and of the training problems `worked.jsonl`: conversations
-    with `worked` solutions, for `objective: sft`. Returns how many stand in each file."""
+    """`train.jsonl` and `held-out.jsonl` (prompt, answer), and of the training problems conversations for `objective:
+    sft`: `worked.jsonl` with `worked` solutions, `answered.jsonl` with `answered` bare answers. Returns how many stand
+    in each file."""
     files = {
         "train.jsonl": make_problems(kind, train, largest=largest, terms=terms, seed=seed),
         "held-out.jsonl": make_problems(kind, held_out, largest=largest, terms=terms, held_out=True, seed=seed),
@@ -93,26 +110,38 @@ def write_problems(
     for name, problems in files.items():
         write_text(out / name, "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in problems))
         counts[name] = len(problems)
-    if worked:
-        rows = [
-            [{"role": "user", "content": p.prompt}, {"role": "assistant", "content": p.worked}]
-            for p in files["train.jsonl"][:worked]
-        ]
-        write_text(out / "worked.jsonl", "".join(json.dumps({"messages": r}, ensure_ascii=False) + "\n" for r in rows))
-        counts["worked.jsonl"] = len(rows)
+    for name, wanted in (("worked", worked), ("answered", answered)):
+        if wanted:
+            rows = [
+                [
+                    {"role": "user", "content": p.prompt},
+                    {"role": "assistant", "content": p.worked if name == "worked" else p.answer},
+                ]
+                for p in files["train.jsonl"][:wanted]
+            ]
+            lines = (json.dumps({"messages": row}, ensure_ascii=False) + "\n" for row in rows)
+            write_text(out / f"{name}.jsonl", "".join(lines))
+            counts[f"{name}.jsonl"] = len(rows)
     return counts
 
 
 def _draw(
     kind: str, language: str, chance: random.Random, largest: int, terms: int, held_out: bool, share: float, seed: int
 ) -> Iterator[Problem]:
-    """Endless problems whose neighbouring numbers are all of the wanted side of the split."""
-    count = 2 if kind == "sum" else terms
-    while True:
-        numbers = [chance.randint(0, largest) for _ in range(count)]
-        signs = [chance.choice("+-") for _ in numbers[1:]]
-        if any(is_held_out(a, b, share=share, seed=seed) != held_out for a, b in pairwise(numbers)):
+    """Problems whose neighbouring numbers are all of the wanted side of the split: endless, unless hardly any exist."""
+    count, misses = 2 if kind == "sum" else terms, 0
+    while misses < TRIES:
+        misses += 1
+        numbers = [chance.randint(0, largest)]
+        while len(numbers) < count:
+            following = (chance.randint(0, largest) for _ in range(TRIES // 10))
+            fitting = (n for n in following if is_held_out(numbers[-1], n, share=share, seed=seed) == held_out)
+            if (number := next(fitting, None)) is None:
+                break
+            numbers.append(number)
+        if len(numbers) < count:
             continue
+        signs = [chance.choice("+-") for _ in numbers[1:]]
         total, steps = numbers[0], []
         for sign, number in zip(signs, numbers[1:], strict=True):
             after = total + number if sign == "+" else total - number
@@ -122,6 +151,7 @@ def _draw(
                 break
         if total < 0:
             continue
+        misses = 0
         yield Problem(KINDS[kind](language, numbers, signs, chance), str(total), "; ".join(steps), language)
 
 

@@ -220,10 +220,20 @@ def first_models(recipe: TrainRecipe, train: Callable[..., Any], quiet: bool) ->
 def _first_recipe(recipe: TrainRecipe, choice: RahfObjective, name: str, text: str) -> TrainRecipe:
     """Plain fine-tuning on one kind of answers, all weights, in a folder of the run."""
     file = recipe.out / name / "chats.jsonl"
-    if Processes.here().first and not file.exists():
-        write_text(file, text)
-    Processes.here().wait()
-    length = {"steps": None, "epochs": choice.first_epochs, "lr": choice.first_lr, "eval_every": None}
+    with Processes.here().first_alone():
+        if file.exists() and file.read_text(encoding="utf-8") != text:
+            raise HanlinError(
+                f"{file} was made from other pairs or prompts. Give the new run another `name`, or delete {recipe.out}."
+            )
+        if Processes.here().first and not file.exists():
+            write_text(file, text)
+    length = {
+        "steps": None,
+        "epochs": choice.first_epochs,
+        "lr": choice.first_lr,
+        "eval_every": None,
+        "keep_best": False,
+    }
     return recipe.model_copy(
         update={
             "name": name, "runs": recipe.out, "adapter": None,

@@ -127,7 +127,8 @@ class Part:
 
 class RayRollout:
     """A `Rollout` of `actors` processes on this machine. threads: of each; device: where they compute; packed, turns,
-    limits: as in `LocalRollout`. lost: answers that died with their process and were asked for again."""
+    limits: as in `LocalRollout`. lost: answers that died with their process and were asked for again; folder: of Ray's
+    own files, gone after `close`."""
 
     def __init__(
         self,
@@ -150,7 +151,7 @@ class RayRollout:
         size = sum(p.numel() * p.element_size() for p in model.parameters())
         self._running = ExitStack()
         self._ended = weakref.finalize(self, self._running.close)  # also at exit
-        self._running.enter_context(local_ray(cpus=actors, gpus=cards, object_bytes=3 * size, quiet=True))
+        self.folder = self._running.enter_context(local_ray(cpus=actors, gpus=cards, object_bytes=3 * size, quiet=True))
         self._ray, self._errors = require("ray", "ray"), require("ray.exceptions", "ray")
         kind = self._ray.remote(num_cpus=1, num_gpus=min(1, cards / actors), max_restarts=0)(Writer)
         self._start = lambda: kind.remote(plan)

@@ -136,7 +136,11 @@ class ProcessReward(_Scorer):
         separator: str = SEPARATOR,
     ) -> None:
         super().__init__(model, tokenizer, own=own, tokens=tokens)
-        self.separator = separator
+        self.separator, self._policys = separator, tokenizer or self.tokenizer
+
+    def ends(self, samples: Sequence[Sample]) -> list[list[int]]:
+        """The tokens of each answer, as the policy wrote them, at which its steps end: one for each reward."""
+        return [step_ends(self._policys, sample.ids, self.separator) for sample in samples]
 
     def __call__(self, samples: Sequence[Sample]) -> list[list[float]]:
         rows = []

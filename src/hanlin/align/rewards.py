@@ -89,12 +89,13 @@ def expected(sample: Sample, column: str) -> Any:
 
 @dataclass(frozen=True)
 class Scores:
-    """total: of each sample, by weight; by_name: what each reward said (None: not applicable); steps: of rewards that
-    judge the steps of an answer, added up by weight, else None."""
+    """total: of each sample, by weight; by_name: what each reward said (None: not applicable); steps: of a reward that
+    judges the steps of an answer, by weight, else None; ends: the tokens at which they end, where it says that."""
 
     total: list[float]
     by_name: dict[str, list[float | None]]
     steps: list[list[float]] | None
+    ends: list[list[int]] | None = None
 
 
 class RewardSet:
@@ -114,6 +115,7 @@ class RewardSet:
         total = [0.0] * len(samples)
         by_name: dict[str, list[float | None]] = {}
         steps: list[list[float]] | None = None
+        ends: list[list[int]] | None = None
         for name, reward in self.rewards.items():
             weight, values = self.weights[name], _asked(name, reward, samples)
             by_name[name] = [sum(value) if isinstance(value, list) else value for value in values]
@@ -123,7 +125,9 @@ class RewardSet:
                 if steps is not None:
                     raise HanlinError(f"The reward {name} judges steps, and another one does too; one can.")
                 steps = [[weight * float(v) for v in value] if isinstance(value, list) else [] for value in values]
-        return Scores(total, by_name, steps)
+                tell = getattr(reward, "ends", None)
+                ends = None if tell is None else tell(samples)
+        return Scores(total, by_name, steps, ends)
 
 
 def _asked(name: str, reward: Reward, samples: Sequence[Sample]) -> list[float | list[float] | None]:

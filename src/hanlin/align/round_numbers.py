@@ -50,13 +50,15 @@ def joined_scores(a: Scores, b: Scores) -> Scores:
     if not a.total:
         return b
     steps = None if a.steps is None or b.steps is None else a.steps + b.steps
-    return Scores(a.total + b.total, {name: a.by_name[name] + b.by_name[name] for name in a.by_name}, steps)
+    ends = None if a.ends is None or b.ends is None else a.ends + b.ends
+    return Scores(a.total + b.total, {name: a.by_name[name] + b.by_name[name] for name in a.by_name}, steps, ends)
 
 
 def chosen_scores(scores: Scores, order: list[int]) -> Scores:
     steps = None if scores.steps is None else [scores.steps[i] for i in order]
     by_name = {name: [values[i] for i in order] for name, values in scores.by_name.items()}
-    return Scores([scores.total[i] for i in order], by_name, steps)
+    ends = None if scores.ends is None else [scores.ends[i] for i in order]
+    return Scores([scores.total[i] for i in order], by_name, steps, ends)
 
 
 def of_written(sample: Sample, values: Sequence[float]) -> list[float]:
@@ -68,13 +70,13 @@ def padded(rows: list[list[float]], most: int) -> Tensor:
 
 
 def step_rewards(samples: list[Sample], scores: Scores) -> tuple[list[list[float]], list[list[int]]] | None:
-    """Rewards of steps, and the written tokens at which each ends: `ends` in a sample's notes, else evenly."""
+    """Rewards of steps, and the written tokens at which each ends, as the reward says; else the steps are even."""
     if scores.steps is None:
         return None
-    ends = []
-    for sample, steps in zip(samples, scores.steps, strict=True):
-        n, k = sample.length, len(steps)
-        ends.append(list(sample.notes.get("ends") or [max(0, round(n * (i + 1) / k) - 1) for i in range(k)]))
+    ends = scores.ends or [
+        [max(0, round(sample.length * (i + 1) / len(steps)) - 1) for i in range(len(steps))]
+        for sample, steps in zip(samples, scores.steps, strict=True)
+    ]
     return scores.steps, ends
 
 
