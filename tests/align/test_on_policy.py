@@ -27,6 +27,7 @@ from hanlin.engine import SamplingParams
 from hanlin.models import load_model
 from hanlin.train.objective import step_loss
 from hanlin.train.reader import open_checkpoint
+from hanlin.tune.lora import add_lora
 
 
 @pytest.fixture(scope="module")
@@ -326,6 +327,38 @@ def test_old_answers_are_never_taken_for_new_ones(folder, tokenizer):
             assert int(model(torch.tensor([ids])).logits[0, -1].argmax()) == token
         ids.append(token)
     rollout.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_answer_as_the_trained_ones_and_never_as_older_ones(folder, tokenizer, dtype):
+    """With an adapter: fp32 within 1e-5 of the plain forward, bf16 within 0.2 nats; written to, they are refused."""
+    model = load_model(folder, dtype=torch.float32, device="cpu")
+    add_lora(model, 4, targets="all")
+    asked = [Prompt(tuple(tokenizer.encode("one two three")), "one two three", {}, 0)]
+    rollout = LocalRollout(model, tokenizer, packed=dtype, max_batch=8)
+    for version in range(3):
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora" in name:
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(version)))
+        if version:
+            with pytest.raises(HanlinError, match=f"those of version {version - 1}"):
+                rollout.write(asked, SamplingParams(max_tokens=6), copies=1, seed=0)
+        assert rollout.refresh(version) > 0
+        [sample] = rollout.write(asked, SamplingParams(max_tokens=6), copies=1, seed=version)
+        ids = torch.tensor([[*asked[0].ids, *sample.ids]])
+        with torch.no_grad():
+            log_p = model(ids).logits[0, len(asked[0].ids) - 1 : -1].log_softmax(-1)
+        gaps = [abs(float(log_p[t, token]) - sample.logp[t]) for t, token in enumerate(sample.ids)]
+        assert max(gaps) < (1e-5 if dtype == torch.float32 else 0.2)
+    rollout.close()
+
+
+def test_a_run_with_packed_weights_learns(folder, prompts, tmp_path):
+    recipe = rl_recipe(folder, prompts, tmp_path, weights="packed", train={"steps": 3})
+    train(recipe, quiet=True)
+    rows = read_metrics(recipe.out / "metrics.jsonl")
+    assert all(row["seconds/refresh"] > 0 and row["rollout/mismatch"] < 0.1 for row in rows)
 
 
 def test_a_row_says_all_of_an_algorithm():

@@ -78,14 +78,16 @@ class LocalRollout:
         self._packed, self._limits = packed, limits
         self._engine: Engine | None = None
         self.version = -1
+        self._mark: tuple[float, ...] = ()  # of the trained weights when they were packed
 
     def refresh(self, version: int) -> float:
         start = time.perf_counter()
         if self._packed is not None:
-            self.close()
-            twin = plain_copy(self.model, self._packed)
-            freeze(twin)
-            self._engine = Engine(twin, self.tokenizer, **self._limits)
+            if self._mark != (now := mark_of(self.model)) or self._engine is None:
+                self.close()
+                twin = plain_copy(self.model, self._packed)
+                freeze(twin)
+                self._engine, self._mark = Engine(twin, self.tokenizer, **self._limits), now
         elif self._engine is None:
             with looking(self.model):
                 self._engine = Engine(self.model, self.tokenizer, **self._limits)
@@ -95,6 +97,11 @@ class LocalRollout:
     def write(self, prompts: Sequence[Prompt], params: SamplingParams, *, copies: int, seed: int) -> list[Sample]:
         if self._engine is None:
             raise HanlinError("A rollout answers after its first `refresh`.")
+        if self._packed is not None and self._mark != mark_of(self.model):
+            raise HanlinError(
+                f"The packed weights are those of version {self.version}, and the trained ones have changed since: "
+                "call `refresh` before `write`."
+            )
         seen = nullcontext() if self._packed is not None else looking(self.model)
         with seen:
             return write_turns(
@@ -110,6 +117,13 @@ class LocalRollout:
         if self._engine is not None:
             self._engine.close()
             self._engine = None
+
+
+@torch.no_grad()
+def mark_of(model: Transformer) -> tuple[float, ...]:
+    """Numbers that change with the trained weights: each one's sum. (What torch counts as writes leaves out those of
+    its fused optimisers.)"""
+    return tuple(torch.stack([p.sum(dtype=torch.float64) for p in model.parameters() if p.requires_grad]).tolist())
 
 
 def write_turns(
