@@ -9,6 +9,7 @@ import pytest
 import torch
 from tests.align.on_policy_cases import halves, model_folder, prompt_file, rl_recipe
 
+from hanlin.align.adapter_choice import LoraChoice
 from hanlin.align.algorithms import ALGORITHMS, Algorithm, Scored, of_answer
 from hanlin.align.build import save_model_folder, train
 from hanlin.align.method import Parts
@@ -28,6 +29,7 @@ from hanlin.models import load_model
 from hanlin.train.objective import step_loss
 from hanlin.train.reader import open_checkpoint
 from hanlin.tune.lora import add_lora
+from hanlin.tune.peft_files import load_lora
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +232,26 @@ def test_a_critic_has_a_rate_of_its_own(folder, prompts, tmp_path):
             rl_recipe(folder, prompts, tmp_path, name="muon", kind="ppo", train={"optimizer": {"kind": "muon"}}),
             quiet=True,
         )
+
+
+@pytest.mark.parametrize("kind", ["grpo", "ppo"])
+def test_an_adapter_is_the_policy_and_switched_off_the_reference(folder, prompts, tmp_path, tokenizer, kind):
+    """Only the adapter (and a critic) moves; the divergence is from the model without it; both come out as folders."""
+    recipe = rl_recipe(folder, prompts, tmp_path, kind=kind, train={"steps": 4})
+    recipe = recipe.model_copy(update={"adapter": LoraChoice(rank=4, alpha=8.0)})
+    train(recipe, quiet=True)
+    rows = read_metrics(recipe.out / "metrics.jsonl")
+    assert rows[0]["kl/k1"] == pytest.approx(0, abs=1e-5) and rows[-1]["kl/k3"] > 1e-6
+    saved, base = open_checkpoint(Run(recipe.out).checkpoints()[-1][1]), load_model(folder, device="cpu")
+    for name, parameter in base.named_parameters():
+        assert torch.equal(saved.whole(f"weights/{name}"), parameter.detach().float()), name
+    merged = load_model(recipe.out / "model", dtype=torch.float32, device="cpu")
+    again = load_model(folder, dtype=torch.float32, device="cpu")
+    load_lora(again, recipe.out / "adapter")
+    ids = torch.tensor([tokenizer.encode("one two three 二加二")])
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, again(ids).logits, rtol=0, atol=1e-4)
+        assert (merged(ids).logits - base.float()(ids).logits).abs().max() > 1e-3
 
 
 def test_equal_scores_teach_nothing(folder, prompts, tmp_path, monkeypatch):
