@@ -125,10 +125,24 @@ def _from_recipe(path: Path, vocab_size: int | None, given: dict[str, Any]) -> R
         notes.append("train.offload is not modelled: activations are planned as if all of them stayed on the device")
     if train.micro_batch_size is not None:
         said["micro_batch"] = train.micro_batch_size
+    if recipe.adapter is not None:
+        if recipe.adapter.path is not None:
+            notes.append("adapter.path is planned as a LoRA of rank 16: its files were not read")
+        said |= {"method": "lora", "rank": recipe.adapter.rank}
+    if besides := BESIDES.get(recipe.objective.kind, ON_POLICY if hasattr(recipe.objective, "prompts") else ""):
+        notes.append(f"only the trained model is counted, not {besides}")
     said |= given
     asked = {"fixed_rows": "micro_batch" in said, "recompute": said.get("recompute")}
     layout = None if recipe.parallel == Layout() else recipe.parallel
     return Request(recipe.name, _job(config, said), layout, train.optimizer, train.steps, notes, **asked)
+
+
+ON_POLICY = "the engine's pages, a reference or a critic of on-policy methods"
+BESIDES = {  # what an objective holds beside the model that it trains
+    "distill": "the teacher",
+    "iterated": "what writes and judges between the runs",
+    **dict.fromkeys(("dpo", "cdpo", "robust", "hinge", "ipo", "dpop", "tdpo1", "tdpo2", "kto"), "the reference"),
+}
 
 
 def states_bytes(optimizer: OptimizerChoice) -> float:
