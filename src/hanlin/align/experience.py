@@ -22,6 +22,7 @@ from torch import Tensor
 
 from hanlin.align.algorithms import Algorithm, Scored, discounted_returns
 from hanlin.align.critic import critic_of
+from hanlin.align.policy_loss import kl_estimate
 from hanlin.align.reference import Reference, looking, trained_logprobs
 from hanlin.align.rewards import RewardSet, Scores
 from hanlin.align.rollout import AGAIN, Pending, Rollout
@@ -330,10 +331,9 @@ class Experience:
             total = total.clamp(-asking.reward_clip, asking.reward_clip)
         kl = None
         if row.kl_in_reward is not None and self.reference is not None:
-            current = tokens.get("old") or tokens["drawn"]
-            apart = padded(current, most) - padded(tokens["reference"], most)
-            kl = {"k1": apart, "k2": apart**2 / 2, "k3": (-apart).exp() - 1 + apart}[row.kl_in_reward] * mask
-            spent = mean_of_all(float(apart.mul(mask).sum()), len(samples))
+            now, before = (padded(tokens[name], most) for name in ("old" if "old" in tokens else "drawn", "reference"))
+            kl = kl_estimate(now, before, row.kl_in_reward) * mask
+            spent = mean_of_all(float((now - before).mul(mask).sum()), len(samples))
             notes["kl/answer"] = (spent, 1.0)
             notes["beta"] = (self.beta, 1.0)
         answer = total if kl is None or not row.by_answer else total - self.beta * kl.sum(1)
@@ -362,7 +362,7 @@ class Experience:
                 spread = float(wanted.var())
                 notes["explained_variance"] = (1 - float((wanted - values).var()) / spread if spread else 0.0, 1.0)
         if kl is not None and self._adapt is not None:
-            self.beta = self._adapt(self.beta, notes["kl/answer"][0], len(samples))
+            self.beta = self._adapt(self.beta, notes["kl/answer"][0], asking.prompts * asking.answers)
         return made
 
     # --- rows ---
