@@ -12,7 +12,21 @@ from tests.test_readme import fenced_blocks
 from hanlin.align.recipe import TrainRecipe
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("docs/recipes.md", "docs/parallel.md", "docs/training.md", "docs/sft.md")
+PAGES = (
+    "docs/recipes.md",
+    "docs/parallel.md",
+    "docs/training.md",
+    "docs/sft.md",
+    "docs/alignment.md",
+    "docs/on-policy.md",
+    "docs/preferences.md",
+    "docs/rewards.md",
+    "docs/selection.md",
+    "docs/synthesis.md",
+    "docs/health.md",
+    "docs/rl.md",
+    "recipes/align/README.md",
+)
 REST = {
     "name": "page",
     "tokenizer": "tokenizer",

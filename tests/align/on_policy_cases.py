@@ -20,12 +20,13 @@ def digits(samples: list[Sample]) -> list[float]:
     return [sum(token < 200 for token in sample.ids) / len(sample.ids) for sample in samples]
 
 
-def model_folder(folder: Path, tokenizer: Tokenizer) -> Path:
+def model_folder(folder: Path, tokenizer: Tokenizer, *, positions: int = 128) -> Path:
     """A random model beside its tokenizer."""
     from hanlin.align.build import new_config
 
     seed_everything(3)
-    model = Transformer(with_token_ids(new_config(SMALL, tokenizer, 128), tokenizer))
+    size = SMALL.model_copy(update={"max_positions": positions})
+    model = Transformer(with_token_ids(new_config(size, tokenizer, positions), tokenizer))
     save_model_folder(model, tokenizer, folder)
     return folder
 

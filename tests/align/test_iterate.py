@@ -1,6 +1,7 @@
 """Iterated methods: what is learnt from answers and scores, rejection sampling against its closed form, and whole runs
 that are resumed without doing anything twice."""
 
+import io
 import json
 import math
 import random
@@ -10,6 +11,7 @@ from itertools import permutations
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from tests.align.judged_runs import assert_same, save_base, saved_weights, tiny_recipe, written
 
 from hanlin.align.build import train
@@ -18,6 +20,7 @@ from hanlin.align.iterate_recipe import IteratedObjective
 from hanlin.align.iterate_rows import Question, extreme_pairs, rejection_sample, rft_rows, rso_rows, spin_rows
 from hanlin.align.judge import Judge
 from hanlin.align.on_policy_recipe import FunctionReward
+from hanlin.align.preview import preview
 from hanlin.align.recipe import SftObjective
 from hanlin.align.samples import Prompt, Sample
 from hanlin.core.errors import HanlinError
@@ -190,6 +193,25 @@ def test_whole_runs(tmp_path, taught, options):
     if "annotators" in options:
         for number in (1, 2):
             assert (recipe.out / f"round-{number}" / "reward" / "model").is_dir(), "anew each round"
+
+
+def test_rounds_of_another_recipe_are_refused_and_more_rounds_go_on(tmp_path, taught):
+    recipe = recipe_of(tmp_path, taught, method="spin", rounds=1, prompts_a_round=3)
+    train(recipe, quiet=True)
+    hotter = recipe_of(tmp_path, taught, method="spin", rounds=2, prompts_a_round=3, temperature=1.5)
+    with pytest.raises(HanlinError, match=r"`objective\.temperature` was None, now 1\.5"):
+        train(hotter, quiet=True)
+    before = (recipe.out / "round-1" / "round.json").stat().st_mtime_ns
+    train(recipe_of(tmp_path, taught, method="spin", rounds=2, prompts_a_round=3), quiet=True)
+    assert (recipe.out / "round-1" / "round.json").stat().st_mtime_ns == before
+    assert (recipe.out / "round-2" / "round.json").exists()
+
+
+def test_a_preview_shows_the_prompts(tmp_path, taught):
+    console = Console(file=io.StringIO(), width=200)
+    preview(recipe_of(tmp_path, taught, method="spin", rounds=2), rows=2, console=console)
+    told = console.file.getvalue()
+    assert "What is 0?" in told and "8 prompts; 2 rounds, 1 answers to each" in told
 
 
 def test_a_model_that_gives_no_marks_is_told_so(tmp_path, taught):

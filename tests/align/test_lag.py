@@ -43,7 +43,7 @@ class Deferred:
                 if prompts[own]:
                     samples += write_turns(
                         engine, self.tokenizer, prompts[own], params, copies=copies, seed=seed, version=version,
-                        seeds=seeds[own],
+                        salt=f"weights {version}", seeds=seeds[own],
                     )  # fmt: skip
             return samples
 
@@ -107,6 +107,20 @@ def test_without_a_lag_two_engines_teach_what_one_does(folder, prompts, tmp_path
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
 
 
+def test_a_run_may_go_on_with_another_rollout(folder, prompts, tmp_path, deferred, monkeypatch):
+    """Who writes does not matter; how far ahead does, and is refused."""
+    chosen = {"schedule": {"kind": "constant"}}
+    train(rl_recipe(folder, prompts, tmp_path, train={**chosen, "steps": 2}, **ahead(0)), quiet=True)
+    with pytest.raises(HanlinError, match="lag"):
+        train(rl_recipe(folder, prompts, tmp_path, train={**chosen, "steps": 4}, **ahead(1)), quiet=True)
+    monkeypatch.undo()
+    changed = rl_recipe(folder, prompts, tmp_path, train={**chosen, "steps": 4})
+    train(changed, quiet=True)
+    whole = rl_recipe(folder, prompts, tmp_path, name="whole", train={**chosen, "steps": 4})
+    train(whole, quiet=True)
+    assert [row["reward"] for row in steps_of(changed)] == [row["reward"] for row in steps_of(whole)]
+
+
 @pytest.mark.parametrize("lag", [1, 3])
 def test_rounds_ahead_ask_the_same_prompts_with_older_weights(folder, prompts, tmp_path, deferred, lag):
     """Round n is written with version max(0, n - lag), whatever an evaluation in between refreshes."""
@@ -150,7 +164,7 @@ def test_answers_too_old_are_refused(folder, prompts, tmp_path, deferred, monkey
         return Deaf(model, tokenizer, max_batch=8)
 
     monkeypatch.setattr("hanlin.align.on_policy_run.open_rollout", open_rollout)
-    with pytest.raises(HanlinError, match="Round 2 got answers of version 1 .* the oldest may be 2"):
+    with pytest.raises(HanlinError, match=r"Round 2 got answers of version 1 .* the oldest may be 2"):
         train(rl_recipe(folder, prompts, tmp_path), quiet=True)
 
 

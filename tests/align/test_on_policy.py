@@ -254,6 +254,49 @@ def test_an_adapter_is_the_policy_and_switched_off_the_reference(folder, prompts
         assert (merged(ids).logits - base.float()(ids).logits).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("kind", ["rloo", "remax", "reinforce_pp", "ppo"])
+def test_advantages_are_scores_less_what_the_reference_costs(folder, prompts, tmp_path, tokenizer, kind):
+    """Against the definitions, from the numbers of a round whose policy is not its reference; top_p below 1, where the
+    distribution that was drawn from is cut and the reference's is not."""
+    recipe = rl_recipe(folder, prompts, tmp_path, kind=kind, beta=0.3, top_p=0.8, reward_clip=0.5)
+    recipe = recipe.model_copy(update={"adapter": LoraChoice(rank=4)})
+    model, wiring = wired(recipe, tokenizer)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.3)
+    wiring.source.batch(0)
+    made = wiring.source._round
+    assert abs(made.notes["kl/answer"][0]) > 0.01
+    scores = [min(score, 0.5) for score in made.numbers["score"]]
+    kl = [
+        [a - b for a, b in zip(old, ref, strict=True)]
+        for old, ref in zip(made.tokens["old"], made.tokens["reference"], strict=True)
+    ]
+    answers, found = range(len(scores)), made.tokens["advantage"]
+    if kind in ("rloo", "remax"):
+        worth = [scores[i] - 0.3 * sum(kl[i]) for i in answers]
+        for i in answers:
+            others = [worth[j] for j in answers if j != i and made.samples[j].group == made.samples[i].group]
+            greedy = min(made.samples[i].notes.get("greedy", 0.0), 0.5)
+            expected = worth[i] - (sum(others) / len(others) if kind == "rloo" else greedy)
+            assert found[i] == pytest.approx([expected] * len(found[i]), abs=1e-5)
+        return
+    rewards = [[-0.3 * d + (scores[i] if t == len(kl[i]) - 1 else 0.0) for t, d in enumerate(kl[i])] for i in answers]
+    if kind == "reinforce_pp":
+        plain = [[sum(own[t:]) for t in range(len(own))] for own in rewards]
+    else:
+        plain = []
+        for own, values in zip(rewards, made.tokens["value"], strict=True):
+            after = [*values[1:], 0.0]
+            delta = [r + v1 - v0 for r, v1, v0 in zip(own, after, values, strict=True)]
+            plain.append([sum(0.95 ** (k - t) * delta[k] for k in range(t, len(own))) for t in range(len(own))])
+    flat = torch.tensor([value for own in plain for value in own], dtype=torch.float64)
+    even = (flat - flat.mean()) / (flat.var() + 1e-8).sqrt()
+    assert [value for own in found for value in own] == pytest.approx(even.tolist(), abs=1e-4)
+    wiring.close()
+
+
 def test_equal_scores_teach_nothing(folder, prompts, tmp_path, monkeypatch):
     monkeypatch.setattr("tests.align.on_policy_cases.digits", lambda samples: [1.0] * len(samples))
     recipe = rl_recipe(folder, prompts, tmp_path, kind="gspo", train={"steps": 1})
@@ -287,6 +330,14 @@ def test_what_cannot_act_is_refused(folder, prompts, tmp_path):
         rl_recipe(folder, prompts, tmp_path, value_clip=0.5)
     with pytest.raises(HanlinError, match="give a divisor"):
         train(rl_recipe(folder, prompts, tmp_path, train={"batch_size": 4}), quiet=True)
+    for kind, more in (
+        ("dapo", {"kl_in_loss": "k2"}), ("ppo", {"kl_in_loss": "k2"}), ("reinforce", {"adaptive_kl": {}}),
+        ("grpo", {"gamma": 0.9}), ("grpo_process", {"reward_clip": 1.0}),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="has no effect"):
+            rl_recipe(folder, prompts, tmp_path, kind=kind, **more)
+    with pytest.raises(HanlinError, match="a reward for each step"):
+        train(rl_recipe(folder, prompts, tmp_path, kind="grpo_process"), quiet=True)
 
 
 def test_a_prompt_without_room_for_an_answer_is_left_out_and_counted(folder, prompts, tmp_path, tokenizer):
@@ -327,6 +378,35 @@ def test_observations_are_read_and_not_trained(folder, tokenizer):
         for t, (token, written) in enumerate(zip(sample.ids, sample.written, strict=True)):
             if written:
                 assert abs(float(log_p[t, token]) - sample.logp[t]) < 1e-5
+    rollout.close()
+
+
+def test_an_observation_without_room_is_not_read(folder, tokenizer):
+    model = load_model(folder, dtype=torch.float32, device="cpu")
+    rollout = LocalRollout(model, tokenizer, turns=Turns(lambda sample: " 12345" * 40, 3), max_batch=8, max_context=40)
+    rollout.refresh(0)
+    asked = [Prompt(tuple(tokenizer.encode("one")), "one", {}, 0)]
+    params = SamplingParams(max_tokens=4, stop_token_ids=tuple(range(350)))
+    for sample in rollout.write(asked, params, copies=4, seed=5):
+        assert all(sample.written) and sample.length <= 4
+    rollout.close()
+
+
+def test_the_same_version_of_other_weights_is_not_the_same(folder, tokenizer):
+    """As after a rollback: a round comes again under its number, with other weights."""
+    model = load_model(folder, dtype=torch.float32, device="cpu")
+    rollout = LocalRollout(model, tokenizer, max_batch=8)
+    asked = [Prompt(tuple(tokenizer.encode("one two three " * 12)), "one", {}, 0)]
+    for change in range(2):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.05 * change)
+        rollout.refresh(7)
+        [sample] = rollout.write(asked, SamplingParams(max_tokens=4), copies=1, seed=0)
+        ids = torch.tensor([[*asked[0].ids, *sample.ids]])
+        with torch.no_grad():
+            log_p = model(ids).logits[0, len(asked[0].ids) - 1 : -1].log_softmax(-1)
+        assert max(abs(float(log_p[t, token]) - sample.logp[t]) for t, token in enumerate(sample.ids)) < 1e-4
     rollout.close()
 
 

@@ -22,8 +22,8 @@ STEPS = 24
 
 
 def test_killed_five_times_it_ends_where_it_would_have(tmp_path, tokenizer):
-    """PPO, two passes over two minibatches (four steps a round), adaptive divergence: prompts' order, answers, reference,
-    critic, optimiser and beta go on; weights and metrics equal the undisturbed run's bit for bit."""
+    """PPO, two passes over two minibatches (four steps a round), adaptive divergence: prompts' order, answers,
+    reference, critic, optimiser and beta go on; weights and metrics equal the undisturbed run's bit for bit."""
     model, prompts = model_folder(tmp_path / "model", tokenizer), prompt_file(tmp_path / "prompts.jsonl")
     chosen = {"steps": STEPS, "batch_size": 3, "save_every": 1, "keep_last": 3, "schedule": {"kind": "constant"}}
     more = {"epochs": 2, "adaptive_kl": {"target": 0.05, "horizon": 60}}

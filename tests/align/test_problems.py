@@ -52,3 +52,12 @@ def test_what_cannot_be_made_is_refused():
         make_problems("product", 3, largest=9)
     with pytest.raises(HanlinError, match="terms 1"):
         make_problems("chain", 3, largest=9, terms=1)
+    none = next(
+        s for s in range(99) if not any(is_held_out(a, b, share=0.1, seed=s) for a in range(4) for b in range(4))
+    )
+    with pytest.raises(HanlinError, match="No held-out problem"):
+        make_problems("sum", 3, largest=3, held_out=True, seed=none)
+
+
+def test_long_chains_of_held_out_pairs_are_found():
+    assert len(make_problems("chain", 20, largest=60, terms=8, held_out=True)) == 20

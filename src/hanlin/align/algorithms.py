@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from hanlin.core.errors import HanlinError
 from hanlin.rl.advantages import (
     gae,
     group_advantages,
@@ -87,7 +88,11 @@ def against_greedy(scored: Scored) -> Tensor:
 
 def of_steps(scored: Scored) -> Tensor:
     """Normalised rewards of the steps that end at or after each token."""
-    assert scored.steps is not None
+    if scored.steps is None:
+        raise HanlinError(
+            "This algorithm wants a reward for each step of an answer: rewards of the kind process, or a function that "
+            "returns a list of numbers for each sample."
+        )
     return process_advantages(*scored.steps, scored.group, scored.mask.shape[1]) * scored.mask
 
 
@@ -129,6 +134,11 @@ class Algorithm:
     overlong: bool = False
     epochs: int = 1
     groups: bool = True  # whether several answers to a prompt are needed
+
+    @property
+    def discounts(self) -> bool:
+        """Whether a reward is worth less the later it comes (gamma)."""
+        return self.advantage in (to_go, generalised)
 
     def described(self) -> dict[str, Any]:
         """JSON that tells this row from another: a run goes on with the same one only."""

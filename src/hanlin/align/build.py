@@ -4,6 +4,7 @@ What a recipe leaves open (the sequence length, the epochs, the learning rate, h
 from the data and the model that it starts from, said in one line each, and written to the run's `recipe.yaml`.
 """
 
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,34 +69,34 @@ def train(recipe: TrainRecipe, *, quiet: bool = False) -> TrainResult:
     model = build_model(recipe, tokenizer, data.seq_len)
     say(f"{model.parameter_count() / 1e6:.2f} million parameters", quiet=quiet)
     wiring = method.wire(Parts(recipe, tokenizer, data, settings, model, run, quiet))
-    if wiring.before is not None and not run.checkpoints():
-        wiring.before()
-    trainer = Trainer(
-        model,
-        wiring.objective,
-        wiring.source,
-        settings,
-        layout=recipe.parallel,
-        run=run,
-        seed=recipe.seed,
-        evaluate=wiring.evaluate,
-        evaluate_first=wiring.evaluate_first,
-        watch=wiring.watch,
-        rates=wiring.rates,
-        title=recipe.name,
-        quiet=quiet,
-    )
-    result = trainer.fit()
-    if ranks.first:
-        write_text(run.recipe, resolved.to_yaml())
-    if result.finished:
-        with trainer.whole_model() as whole:
-            if ranks.first:
-                assert whole is not None
-                save_trained(whole, tokenizer, run, recipe)
-                if wiring.finish is not None:
-                    wiring.finish()
-    wiring.close()
+    with closing(wiring):
+        if wiring.before is not None and not run.checkpoints():
+            wiring.before()
+        trainer = Trainer(
+            model,
+            wiring.objective,
+            wiring.source,
+            settings,
+            layout=recipe.parallel,
+            run=run,
+            seed=recipe.seed,
+            evaluate=wiring.evaluate,
+            evaluate_first=wiring.evaluate_first,
+            watch=wiring.watch,
+            rates=wiring.rates,
+            title=recipe.name,
+            quiet=quiet,
+        )
+        result = trainer.fit()
+        if ranks.first:
+            write_text(run.recipe, resolved.to_yaml())
+        if result.finished:
+            with trainer.whole_model() as whole:
+                if ranks.first:
+                    assert whole is not None
+                    save_trained(whole, tokenizer, run, recipe)
+                    if wiring.finish is not None:
+                        wiring.finish()
     ranks.wait()
     return result
 
@@ -112,11 +113,11 @@ def find_lr(recipe: TrainRecipe, *, quiet: bool = False) -> RangeTest:
     off = {"eval_every": None, "save_every": None, "trackers": [], "keep_best": False, "spikes": None}
     plain = settings.model_copy(update=off)
     wiring = method_of(recipe).wire(Parts(recipe, tokenizer, data, plain, model, None))
-    trainer = Trainer(
-        model, wiring.objective, wiring.source, plain, layout=recipe.parallel, seed=recipe.seed, quiet=True
-    )
-    found = trainer.find_lr()
-    wiring.close()
+    with closing(wiring):
+        trainer = Trainer(
+            model, wiring.objective, wiring.source, plain, layout=recipe.parallel, seed=recipe.seed, quiet=True
+        )
+        found = trainer.find_lr()
     if ranks.first:
         out = Run.open(recipe.out).path / "lr.png"
         draw_range_test(found, out)

@@ -21,6 +21,7 @@ from hanlin.align.recipe import SftObjective, TrainRecipe
 from hanlin.align.rollout import LocalRollout, Rollout
 from hanlin.align.samples import Prompt
 from hanlin.align.sources import sft_data
+from hanlin.core.device import choose_device
 from hanlin.core.errors import HanlinError
 from hanlin.core.seeds import derive
 from hanlin.data.batch import Batch, BatchSource
@@ -151,7 +152,7 @@ def wire_distillation(parts: Parts) -> Wiring:
     """Student, teacher, and who writes."""
     objective = parts.recipe.objective
     assert isinstance(objective, DistillObjective)
-    teacher = load_model(objective.teacher, dtype=torch.float32, device="cpu")
+    teacher = load_model(objective.teacher, dtype=torch.float32, device=choose_device(parts.settings.device))
     settings: dict[str, Any] = {"temperature": objective.temperature}
     if objective.divergence == "jsd":
         settings["beta"] = objective.beta

@@ -129,6 +129,11 @@ class Experience:
         stop = self.rows_per_step if stop is None else stop
         share = stop - start
         rank, ranks = start // share, self.rows_per_step // share
+        if self.asking.prompts % ranks:
+            raise HanlinError(
+                f"A round has {self.asking.prompts} prompts, which {ranks} processes cannot share evenly: "
+                f"make objective.prompts_a_round a multiple of {ranks}."
+            )
         number, part = divmod(step, self.steps_a_round)
         if number != self._at:
             self._round, self._at = self._find_round(number, resumed=part > 0, rank=rank, ranks=ranks), number
@@ -184,7 +189,9 @@ class Experience:
         samples, scores, drawn, silent = self._answers(number, rank, ranks, clock)
         with clock("logprobs"), looking(self.model):
             numbers, tokens = self._looked_up(samples)
-        notes = answer_notes(samples, scores, drawn=drawn, silent=silent)
+        notes = answer_notes(samples, scores)
+        if self.asking.answers > 1:
+            notes["groups/silent"] = (float(silent), float(drawn))
         if self.asking.lag:
             notes["rollout/lag"] = (float(sum(number - s.version for s in samples)), float(len(samples)))
         if again := sum(AGAIN in s.notes for s in samples):
@@ -281,7 +288,7 @@ class Experience:
         found = []
         for place in places[rank * count // ranks : (rank + 1) * count // ranks]:
             epoch, at = divmod(place, len(self.prompts))
-            found.append(self.prompts[self._order(epoch)[at]])
+            found.append(replace(self.prompts[self._order(epoch)[at]], place=place))
         return found
 
     def _order(self, epoch: int) -> list[int]:
@@ -294,7 +301,7 @@ class Experience:
         temperature = self.asking.params.temperature
         tokens: Numbers = {"drawn": [of_written(s, s.logp) for s in samples]}
         wants: dict[str, Callable[[SequenceBatch], Tensor]] = {}
-        if self.steps_a_round > 1 or self.asking.lag:
+        if self._needs_old:
             wants["old"] = lambda part: trained_logprobs(self.model, part, temperature=temperature)
         if self.reference is not None:
             wants["reference"] = lambda part: self._of_reference(part, temperature)
@@ -309,10 +316,19 @@ class Experience:
             for name, ask in wants.items():
                 flat = torch.cat([ask(part).cpu() for part in parts])
                 by_place: list[list[float]] = [[] for _ in samples]
-                for index, values in enumerate(flat.split(torch.bincount(sequence, minlength=len(samples)).tolist())):
+                for index, values in enumerate(flat.split(torch.bincount(sequence, minlength=len(order)).tolist())):
                     by_place[order[index]] = values.tolist()
                 tokens[name] = by_place
         return {}, tokens
+
+    @property
+    def _needs_old(self) -> bool:
+        """Whether the policy's own log-probabilities before the update are wanted: they are no longer those of the
+        drawing (older weights), will change within the round, or are compared with the reference's, which filters of
+        the drawing do not cut."""
+        params = self.asking.params
+        cut = params.top_p < 1 or params.top_k > 0
+        return self.steps_a_round > 1 or self.asking.lag > 0 or (cut and self.algorithm.kl_in_reward is not None)
 
     def _of_reference(self, part: SequenceBatch, temperature: float) -> Tensor:
         assert self.reference is not None
@@ -327,8 +343,10 @@ class Experience:
         most = max(max(lengths, default=0), 1)
         mask = torch.tensor([[t < length for t in range(most)] for length in lengths])
         total = torch.tensor(scores.total, dtype=torch.float64)
+        greedy = torch.tensor([s.notes["greedy"] for s in samples], dtype=torch.float64) if row.greedy else None
         if asking.reward_clip is not None:
             total = total.clamp(-asking.reward_clip, asking.reward_clip)
+            greedy = None if greedy is None else greedy.clamp(-asking.reward_clip, asking.reward_clip)
         kl = None
         if row.kl_in_reward is not None and self.reference is not None:
             now, before = (padded(tokens[name], most) for name in ("old" if "old" in tokens else "drawn", "reference"))
@@ -337,7 +355,6 @@ class Experience:
             notes["kl/answer"] = (spent, 1.0)
             notes["beta"] = (self.beta, 1.0)
         answer = total if kl is None or not row.by_answer else total - self.beta * kl.sum(1)
-        greedy = torch.tensor([s.notes["greedy"] for s in samples], dtype=torch.float64) if row.greedy else None
         scored = Scored(
             answer,
             terminal_rewards(total, mask, None if row.by_answer else kl, self.beta),
@@ -384,13 +401,14 @@ class Experience:
         return replace(batch, notes=made.notes if first else {})
 
     def _lay(self, samples: Sequence[Sample], tokens: Numbers, numbers: dict[str, list[float]]) -> SequenceBatch:
-        """Packed rows of these samples; an answer of no token stands there with nothing trained."""
+        """Packed rows of these samples; an answer of no token is left out."""
         examples = []
         for place, sample in enumerate(samples):
             ids = [*sample.prompt.ids, *sample.ids]
             trained = [*[False] * len(sample.prompt.ids), *sample.written]
             own = {name: values[place] for name, values in numbers.items()}
-            examples.append([Example(ids, trained, str(place), {**own, "at": float(place)})])
+            name = f"the answer to prompt {sample.prompt.number}"
+            examples.append([Example(ids, trained, name, {**own, "at": float(place)})])
         packed = PackedExamples(examples, seq_len=self.asking.row, rows_per_step=1, seed=0, pad_id=self.pad_id)
         batch = packed.batch(0, 0, packed.rows_per_epoch)
         assert isinstance(batch, SequenceBatch)

@@ -243,7 +243,7 @@ class Rounds:
             max_tokens=choice.max_tokens, temperature=choice.value("temperature"), top_p=choice.value("top_p")
         )
         prompts = [question.prompt for question in questions]
-        return write_turns(engine, self.tokenizer, prompts, params, copies=copies, seed=seed, version=0)
+        return write_turns(engine, self.tokenizer, prompts, params, copies=copies, seed=seed, version=0, salt="")
 
     def _reward(self, number: int) -> Scorer | None:
         """What scores answers: the recipe's rewards, or the round's own reward model."""
@@ -332,7 +332,8 @@ class Rounds:
             assert isinstance(self.recipe.model, SavedModel)
             kind = choice.link or ("hinge" if choice.method == "rso" else "dpo")
             objective = PreferenceObjective(
-                kind=kind, beta=choice.beta, sft=choice.sft, files=[file], seq_len=choice.seq_len, packing=choice.packing,
+                kind=kind, beta=choice.beta, sft=choice.sft, files=[file], seq_len=choice.seq_len,
+                packing=choice.packing,
             )  # fmt: skip
             if objective.needs_reference and choice.method in ("online_dpo", "rlaif", "rso") and number > 1:
                 objective = objective.model_copy(update={"reference": self.recipe.model.path})
@@ -359,7 +360,7 @@ class Rounds:
             with _engine(last, self.recipe) as engine:
                 reward = _total(reward_set(self.choice.rewards, self.tokenizer, max_tokens=self.choice.max_tokens))
                 after = self._measure(engine, reward, derive(self.recipe.seed, "round", len(rows) + 1))
-        lines = [f"# {self.choice.method}", "", "| round | answers | learnt from | left out | reward | held out |",
+        lines = [f"# {self.choice.method}", "", "| round | answers | rows | left out | reward | held out |",
                  "| ---: | ---: | ---: | --- | ---: | ---: |"]  # fmt: skip
         for row in rows:
             left = ", ".join(f"{count:,} {why}" for why, count in row["left_out"].items() if count) or "none"

@@ -61,6 +61,7 @@ class IteratedObjective(Section):
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
     link: Annotated[PairKind | None, Field(description="how pairs are learnt; None: dpo, rso hinge")] = None
     beta: Annotated[float | None, Field(gt=0, description="of that; None: its default")] = None
+    sft: Annotated[float | None, Field(ge=0, description="weight of the chosen answers' loss; None: the link's")] = None
     judge: Annotated[Path | None, Field(description="model folder; None: the model itself, as it is in each round")] = (
         None
     )

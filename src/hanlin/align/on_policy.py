@@ -48,7 +48,8 @@ class OnPolicy:
     def count(self, batch: Batch) -> dict[str, float]:
         batch = expect(batch, SequenceBatch, self)
         weight = batch.of_sequences("counts")
-        return {"tokens": float(weight[batch.trained.sequence].sum()), "sequences": float(weight.sum())}
+        found = {"tokens": float(weight[batch.trained.sequence].sum()), "sequences": float(weight.sum())}
+        return found | {"values": float(len(batch.trained.ids))} if self.algorithm.critic else found
 
     def loss(self, model: Transformer, batch: Batch) -> tuple[list[Term], Metrics]:
         batch = expect(batch, SequenceBatch, self)
@@ -88,7 +89,7 @@ class OnPolicy:
                 values, batch.of_trained("value"), batch.of_trained("return"), trained.sequence, trained.count,
                 clip=chosen.value_clip,
             )  # fmt: skip
-            terms.append((cost * chosen.value, "tokens"))
+            terms.append((cost * chosen.value, "values"))
             metrics |= found
         metrics["loss"] = (float(total.detach()), self.count(batch)[self.denominator])
         return terms, {**metrics, **batch.notes}

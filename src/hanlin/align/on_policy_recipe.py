@@ -101,9 +101,7 @@ class RayRollouts(Section):
 
     kind: Literal["ray"] = "ray"
     actors: Annotated[int, Field(gt=0, description="processes, each with a copy of the weights")] = 2
-    lag: Annotated[
-        int, Field(ge=0, description="rounds that are written ahead; their answers are as many steps old")
-    ] = 0
+    lag: Annotated[int, Field(ge=0, description="rounds written ahead, with weights as many rounds old")] = 0
 
 
 RolloutChoice = Annotated[LocalRollouts | RayRollouts, Field(discriminator="kind")]
@@ -151,7 +149,9 @@ class OnPolicyObjective(Section):
     value_clip: Annotated[float | None, Field(gt=0)] = 0.2
     critic: Annotated[Path | None, Field(description="reward model that the critic begins as; None: the policy")] = None
     critic_rate: Annotated[float, Field(gt=0, description="times the policy's learning rate")] = 10.0
-    critic_warmup: Annotated[int, Field(ge=0, description="first rounds in which only the critic learns")] = 0
+    critic_warmup: Annotated[
+        int, Field(ge=0, description="first rounds in which only the critic learns (weight decay acts all the same)")
+    ] = 0
     reward_clip: Annotated[float | None, Field(gt=0, description="scores beyond ± this are cut")] = None
     drop_truncated: Annotated[bool, Field(description="answers cut at max_tokens are not trained")] = False
     refills: Annotated[int, Field(ge=0, description="dapo: further draws for groups that say nothing")] = 3
@@ -186,12 +186,17 @@ class OnPolicyObjective(Section):
             raise ValueError(f"there is no algorithm {self.name!r}; known are {', '.join(ALGORITHMS)}")
         defaults = type(self).model_fields
         given = {name for name, field in defaults.items() if getattr(self, name) != field.get_default()}
+        beta = row.beta if self.beta is None else self.beta
+        if self.name == "grpo_process" and len(self.rewards) > 1:
+            raise ValueError("grpo_process learns from the rewards of steps alone: give that one reward")
         if row.groups and self.answers < 2:
             raise ValueError(f"{self.name} compares answers to one prompt: `answers` must be at least 2, found 1")
         for field, acts in (
             ("value_weight", row.critic), ("value_clip", row.critic), ("critic", row.critic),
             ("critic_warmup", row.critic), ("critic_rate", row.critic), ("lam", row.critic), ("refills", row.refill),
-            ("clip", row.form != "none"), ("adaptive_kl", row.kl_in_reward is not None),
+            ("clip", row.form != "none"), ("adaptive_kl", row.kl_in_reward is not None and beta > 0),
+            ("kl_in_loss", row.kl_in_reward is None and beta > 0), ("gamma", row.discounts),
+            ("reward_clip", self.name != "grpo_process"),
         ):  # fmt: skip
             if field in given and not acts:
                 raise ValueError(f"`{field}` has no effect with {self.name}; leave it out")

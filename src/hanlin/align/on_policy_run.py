@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from hanlin.align.algorithms import ALGORITHMS, Algorithm
 from hanlin.align.callables import load_callable
@@ -33,7 +32,7 @@ from hanlin.core.errors import HanlinError
 from hanlin.core.seeds import derive
 from hanlin.engine import SamplingParams
 from hanlin.models import Transformer, load_config
-from hanlin.parallel.processes import Processes
+from hanlin.parallel.processes import Processes, over_all
 from hanlin.tokens import Tokenizer
 from hanlin.train.trainer import Evaluate
 
@@ -82,6 +81,8 @@ def open_prompts(recipe: TrainRecipe, tokenizer: Tokenizer, positions: int | Non
     held_out = {}
     if objective.held_out:
         held, left = read_prompts(objective.held_out, tokenizer, longest=room, plain=objective.plain)
+        if left:
+            notes.append(f"{len(left):,} held-out prompts are left out, the first: {left[0]}")
         chance = torch.Generator().manual_seed(0)
         order = torch.randperm(len(held), generator=chance).tolist()[: objective.held_out_rows]
         held = [held[i] for i in order]
@@ -95,7 +96,7 @@ def open_prompts(recipe: TrainRecipe, tokenizer: Tokenizer, positions: int | Non
     row = objective.seq_len or max(ROW, 2 ** math.ceil(math.log2(longest)))
     if objective.seq_len is None and positions is not None and longest <= positions:
         row = max(min(row, positions), longest)
-    if row < longest and objective.turns == 1:
+    if row < longest:
         raise HanlinError(
             f"objective.seq_len is {row}; the longest prompt and an answer of max_tokens need {longest} tokens."
         )
@@ -110,8 +111,9 @@ def lag_note(objective: OnPolicyObjective) -> str:
     correction = chosen_correction(objective)
     assert correction is not None
     given = "" if objective.correction is not None else " (objective.correction is not given)"
+    rounds = "a round" if objective.lag == 1 else f"{objective.lag} rounds"
     return (
-        f"answers are written {objective.lag} rounds ahead with older weights; each token counts by its importance, "
+        f"answers are written {rounds} ahead with older weights; each token counts by its importance, "
         f"{correction.mode} up to {correction.cap:g}{given}"
     )
 
@@ -137,12 +139,17 @@ def wire_on_policy(parts: Parts) -> Wiring:
             f"{objective.name} answers with the weights that it trains, so every process needs them whole: take "
             "parallel.shard none, zero1 or zero2, and leave parallel.tensor and expert at 1."
         )
+    if layout.shard == "zero2" and settings.micro_batch_size is not None:
+        raise HanlinError(
+            f"{objective.name} packs as many rows as its answers need, on each process its own number, and zero2 sends "
+            "gradients after each micro-batch: leave train.micro_batch_size out, or take parallel.shard zero1."
+        )
     row = chosen_row(objective)
     beta = row.beta
-    if row.critic:
-        attach_critic(model, objective.critic)
     wants_reference = beta > 0 and (row.kl_in_reward is not None or row.kl_in_loss is not None)
     reference = Reference(model) if wants_reference else None
+    if row.critic:  # after the reference, which wants no copy of it
+        attach_critic(model, objective.critic)
     rollout = open_rollout(objective, model, parts.tokenizer, asked, device=settings.device)
     rewards = open_rewards(objective, parts.tokenizer)
     params = SamplingParams(
@@ -206,6 +213,8 @@ def open_rollout(
     together = objective.prompts_a_round * objective.answers
     longest = max(len(p.ids) for p in [*asked.prompts, *asked.held_out]) + objective.max_tokens * objective.turns
     packed = torch.bfloat16 if objective.weights == "packed" else None
+    if turns is not None:  # and room for what the environment says
+        longest = asked.row
     limits = {"max_batch": min(together, 256), "max_context": min(longest, model.config.max_positions)}
     if isinstance(objective.rollout, RayRollouts):
         from hanlin.align.ray_rollout import RayRollout
@@ -306,12 +315,10 @@ def answer_evaluation(prompts: list[Prompt], rollout: Rollout, rewards: RewardSe
         greedy = replace(params, temperature=0.0, top_p=1.0, top_k=0)
         for place, (chosen, copies) in enumerate(((params, DRAWN), (greedy, 1))):
             samples = rollout.write(own, chosen, copies=copies, seed=step) if own else []
-            sums[place] = sum(main(samples).total) / copies
-            sums[2] += sum(sample.length for sample in samples) / (copies + 1)
+            sums[place] = sum(main(samples).total) / copies if samples else 0.0
+            sums[2] += sum(sample.length for sample in samples) / (DRAWN + 1)
         sums[3] = len(own)
-        if ranks.world > 1:
-            dist.all_reduce(sums)
-        drawn, best, length, count = sums.tolist()
+        drawn, best, length, count = over_all(sums).tolist()
         return {"eval/sampled": drawn / count, "eval/greedy": best / count, "eval/length": length / count}
 
     return evaluate

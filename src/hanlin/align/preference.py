@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hanlin.align.health import watch_of
+from hanlin.align.health_report import write_health
 from hanlin.align.method import Parts, Wiring
 from hanlin.align.preference_loss import preference_loss
 from hanlin.align.preference_recipe import PreferenceObjective
@@ -134,7 +136,11 @@ def wire_judged(parts: Parts, objective: Objective, source: Callable[[BatchSourc
     evaluate = None
     if held_out:
         evaluate = partial(evaluate_judged, objective, held_out, parts.recipe.objective.held_out_rows)
-    return Wiring(objective, source(parts.data.source, "data"), evaluate, evaluate is not None)
+    run = parts.run
+    return Wiring(
+        objective, source(parts.data.source, "data"), evaluate, evaluate is not None, watch=watch_of(run),
+        finish=None if run is None else partial(write_health, run),
+    )  # fmt: skip
 
 
 def evaluate_judged(

@@ -79,10 +79,11 @@ def preference_data(recipe: TrainRecipe, tokenizer: Tokenizer, positions: int | 
 
 
 def usual_rate(kind: str, parameters: int | None, *, adapter: bool) -> float:
-    """3e-4 for a million parameters, falling with the root of their number (7 billion: 3.6e-6); more for the kinds in
-    `FASTER`; ten times that for an adapter, at most 1e-3. Tried at 0.3 million: `benchmarks/bench_preferences.py`."""
+    """1e-4 for a million parameters, falling with the root of their number (7 billion: 1.2e-6); more for the kinds in
+    `FASTER`; ten times that for an adapter, at most 1e-3. Tried at 0.3 million (`benchmarks/bench_preferences.py`): at
+    3e-4 DPO makes both answers of a pair so much less likely that other texts win."""
     shrunk = min(1.0, (1e6 / parameters) ** 0.5) if parameters else 1.0
-    rate = 3e-4 * shrunk * FASTER.get(kind, 1.0)
+    rate = 1e-4 * shrunk * FASTER.get(kind, 1.0)
     return float(f"{min(10 * rate, 1e-3) if adapter else rate:.2g}")
 
 

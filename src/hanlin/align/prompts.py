@@ -55,6 +55,8 @@ def _encode(row: Mapping, tokenizer: Tokenizer, where: str, plain: bool) -> tupl
         messages = row.get("prompt")
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise HanlinError(f"{where} has the columns {', '.join(row)}; expected `prompt` (text) or `messages` (a list).")
+    if not all(isinstance(turn, Mapping) for turn in messages):
+        raise HanlinError(f"{where}: the turns of `messages` must be objects with `role` and `content`.")
     if messages[-1].get("role") == "assistant":
         raise HanlinError(f"{where}: the last message is the assistant's; a prompt ends with what it answers to.")
     return tokenizer.chat(messages), str(messages[-1].get("content", ""))

@@ -57,7 +57,7 @@ class Writer:
 
     def __init__(self, plan: Plan) -> None:
         torch.set_num_threads(plan.threads)
-        self._plan, self._version = plan, -1
+        self._plan, self._version, self._renewed = plan, -1, 0
         self._model: Transformer | None = None
         self._engine: Engine | None = None
         self._problem = ""
@@ -66,10 +66,10 @@ class Writer:
         return os.getpid()
 
     def refresh(self, sent: Mapping[str, Any], compute: torch.dtype | None, version: int) -> None:
-        """Take the weights that `_sendable` made ready; what is wrong with them or the limits is said by `write`."""
+        """Take the weights that `sendable` made ready; what is wrong with them or the limits is said by `write`."""
         try:
-            self._take({name: _tensor(*value) for name, value in sent.items()}, compute)
-            self._version = version
+            self._take({name: received(*value) for name, value in sent.items()}, compute)
+            self._version, self._renewed = version, self._renewed + 1
         except HanlinError as error:
             self._problem = str(error)
 
@@ -99,12 +99,12 @@ class Writer:
             raise HanlinError(self._problem or found)
         return write_turns(
             self._engine, self._plan.tokenizer, prompts, params, copies=copies, seed=seed, version=version,
-            turns=self._plan.turns, seeds=seeds,
+            salt=f"weights {self._renewed}", turns=self._plan.turns, seeds=seeds,
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Asked:
+class Questions:
     """What one round, or a draw of it, asks for."""
 
     prompts: list[Prompt]
@@ -171,7 +171,7 @@ class RayRollout:
     def refresh(self, version: int) -> float:
         """Send the weights as they are now; writers take them after what they are writing. Seconds of this process."""
         start = time.perf_counter()
-        sent = {name: _sendable(tensor) for name, tensor in plain_weights(self.model).items()}
+        sent = {name: sendable(tensor) for name, tensor in plain_weights(self.model).items()}
         self._weights, self._compute, self.version = self._ray.put(sent), self.model.compute_dtype, version
         for writer in self._writers:
             self._give_weights(writer)
@@ -180,7 +180,7 @@ class RayRollout:
     def begin(self, prompts: Sequence[Prompt], params: SamplingParams, *, copies: int, seed: int) -> Pending:
         if self._weights is None:
             raise HanlinError("A rollout answers after its first `refresh`.")
-        asked = Asked(list(prompts), prompt_seeds(prompts, seed), params, copies, seed)
+        asked = Questions(list(prompts), prompt_seeds(prompts, seed), params, copies, seed)
         n, count = len(asked.prompts), len(self._writers)
         cuts = [place * n // count for place in range(count + 1)]
         parts = [Part(cuts[i], cuts[i + 1], i) for i in range(count) if cuts[i] < cuts[i + 1]]
@@ -199,14 +199,14 @@ class RayRollout:
     def _give_weights(self, writer: Any) -> None:
         writer.refresh.remote(self._weights, self._compute, self.version)
 
-    def _ask(self, part: Part, asked: Asked) -> None:
+    def _ask(self, part: Part, asked: Questions) -> None:
         own = slice(part.start, part.stop)
         part.writer = self._writers[part.place]
         part.answers = part.writer.write.remote(
             asked.prompts[own], asked.params, asked.copies, asked.seeds[own], asked.seed, self.version
         )
 
-    def _collect(self, part: Part, asked: Asked) -> list[Sample]:
+    def _collect(self, part: Part, asked: Questions) -> list[Sample]:
         """The answers of a part; its prompts are asked again as often as a process dies over them."""
         for died in range(TRIES):
             try:
@@ -229,7 +229,7 @@ class RayRollout:
             "memory of this machine may be too small for so many copies of the model: take fewer actors."
         )
 
-    def _replace(self, part: Part, asked: Asked, died: int, error: Exception) -> None:
+    def _replace(self, part: Part, asked: Questions, died: int, error: Exception) -> None:
         """A new process at the place of a dead one, unless another part has put one there already; ask it."""
         if self._writers[part.place] is part.writer:
             self._writers[part.place] = self._start()
@@ -244,13 +244,13 @@ class RayRollout:
             self._ask(part, asked)
 
 
-def _sendable(tensor: Tensor) -> tuple[Any, torch.dtype, tuple[int, ...]]:
+def sendable(tensor: Tensor) -> tuple[Any, torch.dtype, tuple[int, ...]]:
     """Its bytes, dtype and shape: numpy knows no bf16."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy(), tensor.dtype, tuple(tensor.shape)
 
 
-def _tensor(data: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+def received(data: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """The way back."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the memory is shared and read-only: it is only read

@@ -1,5 +1,6 @@
 """`hanlin train` of a reward model: what the loop gets, and the report that the run ends with."""
 
+from hanlin.align.health import watch_of
 from hanlin.align.method import Parts, Wiring
 from hanlin.align.reward import add_reward_head
 from hanlin.align.reward_export import load_reward_model
@@ -36,7 +37,9 @@ def wire_reward(parts: Parts) -> Wiring:
         judged = judge(model, objective, next(iter(held_out.values())))
         write_reward_report(run.path, judged, [*about, *sizes(model, choice.actor)])
 
-    return Wiring(objective, parts.data.source, evaluate if held_out else None, finish=finish)
+    return Wiring(
+        objective, parts.data.source, evaluate if held_out else None, watch=watch_of(parts.run), finish=finish
+    )
 
 
 def _refuse_cut(layout: Layout) -> None:

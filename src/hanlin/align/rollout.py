@@ -2,7 +2,7 @@
 elsewhere.
 
 `LocalRollout` is an `Engine` over the very parameters that are trained: nothing is copied, and a step of the optimiser
-is a new version of the weights. Pages of earlier versions are never read again (each version is a salt of its own).
+is a new version of the weights. Pages of earlier weights are never read again (each renewal is a salt of its own).
 With `packed` the engine has a second set of weights in the layout and precision that it reads fastest; then a version
 is a copy, its seconds are told, and answers from an older one are refused.
 
@@ -78,6 +78,7 @@ class LocalRollout:
         self._packed, self._limits = packed, limits
         self._engine: Engine | None = None
         self.version = -1
+        self._renewed = 0  # how often: a version may come again with other weights, after a rollback
         self._mark: tuple[float, ...] = ()  # of the trained weights when they were packed
 
     def refresh(self, version: int) -> float:
@@ -91,7 +92,7 @@ class LocalRollout:
         elif self._engine is None:
             with looking(self.model):
                 self._engine = Engine(self.model, self.tokenizer, **self._limits)
-        self.version = version
+        self.version, self._renewed = version, self._renewed + 1
         return time.perf_counter() - start
 
     def write(self, prompts: Sequence[Prompt], params: SamplingParams, *, copies: int, seed: int) -> list[Sample]:
@@ -106,7 +107,7 @@ class LocalRollout:
         with seen:
             return write_turns(
                 self._engine, self.tokenizer, prompts, params, copies=copies, seed=seed, version=self.version,
-                turns=self.turns,
+                salt=f"weights {self._renewed}", turns=self.turns,
             )  # fmt: skip
 
     def begin(self, prompts: Sequence[Prompt], params: SamplingParams, *, copies: int, seed: int) -> Pending:
@@ -135,13 +136,14 @@ def write_turns(
     copies: int,
     seed: int,
     version: int,
+    salt: str,
     turns: Turns | None = None,
     seeds: Sequence[int] | None = None,
 ) -> list[Sample]:
-    """`Rollout.write` on one engine. seeds: of the prompts, where these are some of many."""
+    """`Rollout.write` on one engine. salt: unlike that of any weights before: pages of those are never read. seeds: of
+    the prompts, where these are some of many."""
     own = prompt_seeds(prompts, seed) if seeds is None else seeds
     wanted = [replace(params, n=copies, logprobs=0, seed=each) for each in own]
-    salt = f"version {version}"
     completions = engine.generate([list(prompt.ids) for prompt in prompts], wanted, salt=salt)
     samples = [
         sample_of(completion, prompts[place // copies], place // copies, version)
@@ -151,26 +153,26 @@ def write_turns(
         return samples
     going = list(range(len(samples)))
     for turn in range(1, turns.most):
-        going = [place for place in going if samples[place].finish == "stop"]
-        heard = {place: turns.environment(samples[place]) for place in going}
-        going = [place for place in going if heard[place] is not None]
-        rows: list[list[int]] = []
-        for place in going:
-            told = tokenizer.encode(str(heard[place]))
+        asked, rows, going = going, [], []
+        for place in asked:
             sample = samples[place]
+            heard = turns.environment(sample) if sample.finish == "stop" else None
+            if heard is None:
+                continue
+            told = tokenizer.encode(str(heard))
+            row = [*sample.prompt.ids, *sample.ids, *told]
+            if len(row) >= engine.max_context:  # no room to answer it
+                samples[place] = replace(sample, finish="length")
+                continue
             samples[place] = replace(
                 sample, ids=[*sample.ids, *told], logp=[*sample.logp, *[0.0] * len(told)],
                 written=[*sample.written, *[False] * len(told)],
             )  # fmt: skip
-            rows.append([*sample.prompt.ids, *samples[place].ids])
-        room = [place for place, row in zip(going, rows, strict=True) if len(row) < engine.max_context]
-        for place in set(going) - set(room):
-            samples[place] = replace(samples[place], finish="length")
-        rows = [row for row in rows if len(row) < engine.max_context]
-        going = room
+            rows.append(row)
+            going.append(place)
         if not going:
             break
-        seeds = [derive(seed, "turn", turn, samples[p].prompt.number, p % copies) % 2**31 for p in going]
+        seeds = [derive(own[p // copies], "turn", turn, p % copies) % 2**31 for p in going]
         again = engine.generate(rows, [replace(params, n=1, logprobs=0, seed=s) for s in seeds], salt=salt)
         for place, completion in zip(going, again, strict=True):
             before, new = samples[place], sample_of(completion, samples[place].prompt, samples[place].group, version)
@@ -182,11 +184,12 @@ def write_turns(
 
 
 def prompt_seeds(prompts: Sequence[Prompt], seed: int) -> list[int]:
-    """A seed for each prompt; one that is asked twice gets two."""
+    """A seed for each prompt; one that is asked twice gets two: by its places among all that were drawn, or here."""
     seen: Counter[int] = Counter()
     seeds = []
     for prompt in prompts:
-        seeds.append(derive(seed, "prompt", prompt.number, seen[prompt.number]) % 2**31)
+        which = seen[prompt.number] if prompt.place is None else prompt.place
+        seeds.append(derive(seed, "prompt", prompt.number, which) % 2**31)
         seen[prompt.number] += 1
     return seeds
 
@@ -217,9 +220,10 @@ def plain_weights(model: Transformer) -> dict[str, Tensor]:
 @torch.no_grad()
 def plain_copy(model: Transformer, dtype: torch.dtype) -> Transformer:
     """A copy of the weights in `dtype`, with an adapter added in."""
-    twin = Transformer(model.config)
+    with torch.random.fork_rng(devices=[]):  # what a new model draws, it draws for nothing
+        twin = Transformer(model.config)
     fill(twin, plain_weights(model))
-    return twin.to(dtype).eval()
+    return twin.to(device=model.device, dtype=dtype).eval()
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from torch import Tensor
 from hanlin.align.rewards import Scores
 from hanlin.align.samples import Sample
 from hanlin.data.sequence_batch import SequenceBatch
+from hanlin.parallel.processes import over_all
 from hanlin.rl.advantages import moments
 
 
@@ -28,12 +29,11 @@ class Clock:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
-def answer_notes(samples: list[Sample], scores: Scores, *, drawn: int, silent: int) -> dict[str, tuple[float, float]]:
+def answer_notes(samples: list[Sample], scores: Scores) -> dict[str, tuple[float, float]]:
     n, lengths = float(len(samples)), sorted(s.length for s in samples)
     notes = {
         "reward": (sum(scores.total), n),
         "reward/std": (float(torch.tensor(scores.total).std()) if len(samples) > 1 else 0.0, 1.0),
-        "groups/silent": (float(silent), float(drawn)),
         "answer/length": (float(sum(lengths)), n),
         "answer/length_p95": (float(lengths[int(0.95 * (len(lengths) - 1))]), 1.0),
         "answer/truncated": (float(sum(s.finish == "length" for s in samples)), n),
@@ -82,26 +82,17 @@ def step_rewards(samples: list[Sample], scores: Scores) -> tuple[list[list[float
 
 def moments_of_all(values: Tensor) -> Tensor:
     """Count, sum and sum of squares over all ranks."""
-    found = moments(values)
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(found)
-    return found
+    return over_all(moments(values))
 
 
 def most_of_all(count: int) -> int:
     """Over all ranks: they draw from the same list of prompts and must agree."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return count
-    found = torch.tensor(count)
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return int(found)
+    return int(over_all(torch.tensor(count), dist.ReduceOp.MAX))
 
 
 def mean_of_all(total: float, count: int) -> float:
     """total / count, both summed over all ranks."""
-    found = torch.tensor([total, float(count)], dtype=torch.float64)
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(found)
+    found = over_all(torch.tensor([total, float(count)], dtype=torch.float64))
     return float(found[0] / found[1].clamp_min(1))
 
 

@@ -8,12 +8,14 @@ from typing import Any, Literal
 @dataclass(frozen=True)
 class Prompt:
     """What is asked. ids: as the model reads it, chat template and all; text: the question; meta: whatever else its
-    row in the file says (`answer` ...); number: its place in the file."""
+    row in the file says (`answer` ...); number: its place in the file; place: in the
+    order of all that were drawn in a run, which tells two drawings of one prompt apart."""
 
     ids: tuple[int, ...]
     text: str
     meta: Mapping[str, Any]
     number: int = 0
+    place: int | None = None
 
 
 @dataclass(frozen=True)

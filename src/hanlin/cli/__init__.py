@@ -17,8 +17,8 @@ from hanlin.core.errors import HanlinError
 VERBS = {
     "quickstart": "raw text to a chat page: tokenizer, pretraining, instruction tuning, evaluation, report, server",
     "tokenizer": "train a tokenizer; show how it cuts a text",
-    "data": "text to token shards (build); what the model will see (preview)",
-    "train": "train a model as a recipe says: pretraining, instruction tuning",
+    "data": "text to shards (build); what a model will see (preview); conversations written, chosen, problems made",
+    "train": "train a model as a recipe says: pretraining, instruction tuning, preferences, rewards",
     "runs": "look at run folders: list, show, compare; watch them on a page",
     "pull": "bring a model here: a packaged one, one of a hub, a GGUF file",
     "model": "show a model folder, or make a new one with random weights",

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch.distributed as dist
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -40,3 +41,13 @@ class Processes:
         """Until every process is here."""
         if self.world > 1:
             dist.barrier()
+
+
+def over_all(values: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """Small values summed (or otherwise taken together) over all processes, on the device on which they were given; as
+    they are without a group. Every process calls this."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return values
+    there = values.cuda() if dist.get_backend() == "nccl" else values.clone()
+    dist.all_reduce(there, op=op)
+    return there.to(values.device)
