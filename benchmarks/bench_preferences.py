@@ -6,10 +6,11 @@ worth says which of its answers is better, and each method learns from that as i
     pairs      DPO, DPOP, TDPO, SimPO, ORPO     the better and the worse of two answers
     unpaired   KTO                              better or worse than the mean
     ranked     RRHF                             four answers with their worth
-    chats      SPIN                             good answers (the best of eight random ones), nothing else
+    chats      SPIN                             good answers (the best of eight random ones) only; sft 0.2
 
 Reported: how often a sampled answer to a question that was never trained is worth more than one of the first model's
-(a tie is half a win), and the mean worth. The first model against itself gives 50 %.
+(a tie is half a win), and the mean worth. The first model against itself gives 50 %. Rates are those that `hanlin
+train` takes by itself.
 
     python benchmarks/bench_preferences.py [--folder runs/preferences] [--quick] [--only dpo kto]
 
@@ -38,20 +39,21 @@ from hanlin.align.rollout import write_turns
 from hanlin.align.samples import Prompt, Sample
 from hanlin.engine import Engine, SamplingParams
 from hanlin.tokens import Tokenizer
+from hanlin.train.choices import Muon
 from harness import machine, table
 from preference_task import answer, chat, questions, worth
 
 RESULT = Path(__file__).parent / "results" / "preferences.json"
 SIZE = NewModel(depth=3, width=96, heads=3, kv_heads=1, hidden=256, max_positions=128)
 DRAW = SamplingParams(max_tokens=48)
-RATES = {"dpo": 3e-4, "dpop": 3e-4, "tdpo": 3e-4, "kto": 3e-4, "simpo": 3e-4, "orpo": 1e-3, "rrhf": 5e-4, "spin": 3e-4}
+METHODS = ("dpo", "dpop", "tdpo", "kto", "simpo", "orpo", "rrhf", "spin")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/preferences"))
     parser.add_argument("--quick", action="store_true", help="a fifth of the steps and answers")
-    parser.add_argument("--only", nargs="+", choices=RATES, default=list(RATES))
+    parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=1, help="runs of each method")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -89,7 +91,7 @@ class Bench:
         recipe = TrainRecipe(
             name="first", runs=self.folder, tokenizer=self.folder / "tokenizer", model=SIZE,
             objective=SftObjective(files=[file], seq_len=128),
-            train=choices(lr=3e-3, epochs=2 if self.quick else 6, batch_size=16),
+            train=choices(lr=4e-3, epochs=2 if self.quick else 8, batch_size=16, optimizer=Muon()),
         )  # fmt: skip
         train(recipe)
         return out
@@ -114,11 +116,13 @@ class Bench:
             "orpo": lambda: PreferenceObjective(kind="orpo", files=[self.judged("pairs")]),
             "kto": lambda: KtoObjective(files=[self.judged("unpaired")]),
             "rrhf": lambda: RrhfObjective(files=[self.judged("ranked")]),
-            "spin": lambda: IteratedObjective(files=[self.demonstrations()], method="spin", rounds=2, max_tokens=48),
+            "spin": lambda: IteratedObjective(
+                files=[self.demonstrations()], method="spin", rounds=2, sft=0.2, max_tokens=48
+            ),
         }
         return TrainRecipe(
             name=name, runs=self.folder, seed=seed, model=SavedModel(path=self.first_model()),
-            objective=kinds[method](), train=choices(lr=RATES[method], epochs=1 if self.quick else 3, batch_size=8),
+            objective=kinds[method](), train=choices(epochs=1 if self.quick else 3, batch_size=8),
         )  # fmt: skip
 
     def judged(self, form: str) -> Path:
@@ -166,7 +170,7 @@ class Bench:
             for number, text in enumerate(asked)
         ]
         with Engine.from_folder(model, dtype="float32", device="cpu") as engine:
-            samples = write_turns(engine, tokenizer, prompts, DRAW, copies=copies, seed=seed, version=0)
+            samples = write_turns(engine, tokenizer, prompts, DRAW, copies=copies, seed=seed, version=0, salt="")
         turns = [Question(p, [{"role": "user", "content": p.text}], None) for p in prompts]
         return turns, samples
 
