@@ -187,6 +187,8 @@ def test_shards_a_preview_and_both_kinds_of_training(offline):
     offline.hanlin("runs", "list")
     offline.hanlin("plan", "pretrain.yaml")
     offline.hanlin("scaling", "--help")
+    offline.hanlin("rl", "FrozenLake-v1", "--method", "value-iteration", "--quiet")
+    offline.hanlin("data", "problems", "--out", "problems", "--train", "20", "--held-out", "5")
     assert offline.calls == []
 
 

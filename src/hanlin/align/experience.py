@@ -258,8 +258,9 @@ class Experience:
             scores = joined_scores(scores, found)
             for group in range(len(asked)):
                 own = range(group * self.asking.answers, (group + 1) * self.asking.answers)
-                equal = len({found.total[i] for i in own}) == 1
-                drawn, silent = drawn + 1, silent + equal
+                drawn, silent = drawn + 1, silent + (len({found.total[i] for i in own}) == 1)
+                main = found.by_name[self.rewards.main]  # the length's shaping does not make a group worth keeping
+                equal = len({main[i] for i in own}) == 1
                 (spare if equal and self.algorithm.refill else kept).append(
                     ([samples[i] for i in own], [base + i for i in own])
                 )

@@ -175,7 +175,7 @@ def wire_on_policy(parts: Parts) -> Wiring:
     correction = chosen_correction(objective)
     weights = Weights(
         beta, objective.temperature, objective.entropy_bonus, objective.value_weight, objective.value_clip,
-        objective.max_tokens, None if correction is None else correction.model_dump(),
+        objective.max_tokens * objective.turns, None if correction is None else correction.model_dump(),
     )  # fmt: skip
     judged = [answer_evaluation(asked.held_out, rollout, rewards, params)] if asked.held_out else []
     text = {name: part for name, part in parts.data.held_out.items() if name == "eval_text"}

@@ -36,9 +36,10 @@ def trained_logprobs(model: Transformer, batch: SequenceBatch, *, temperature: f
 
 
 class Reference:
-    """The model as it was when this was made. With an adapter that is the model itself, adapter off: no memory, no
-    second set of weights; without one it is a copy. To be made before training, on freshly loaded weights: a run that
-    goes on makes the same one. other: a model to compare with in the place of that."""
+    """The model as it was when this was made. With an adapter that is the model itself, adapter off (so without what an
+    adapter that goes on had learnt before): no memory, no second set of weights; without one it is a copy. To be made
+    before training, on freshly loaded weights: a run that goes on makes the same one. other: a model to compare with in
+    the place of that."""
 
     def __init__(self, model: Transformer, other: Transformer | None = None) -> None:
         self._policy = model
