@@ -209,7 +209,8 @@ def _pad(paths: Sequence[Sequence[Step]], encode: Encode) -> Stretches:
 
 METHODS = {  # that learn CartPole-v1 in seconds
     "reinforce": PolicyGradientSettings(horizon=None, critic=False, lr=3e-3),
-    "actor-critic": PolicyGradientSettings(horizon=16, lam=1.0, lr=2e-3, entropy=0.01),
+    # horizon 8, gamma 0.98: 500 on seeds 0 to 3; horizon 16, gamma 0.99, lr 2e-3: 500, 154, 500, 288
+    "actor-critic": PolicyGradientSettings(horizon=8, gamma=0.98, lam=1.0, lr=1e-3, entropy=0.01),
     "ppo": PolicyGradientSettings(
         horizon=32, gamma=0.98, lam=0.8, lr=1e-3, epochs=20, minibatch=256, clip=0.2
     ),
