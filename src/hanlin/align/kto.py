@@ -11,7 +11,6 @@ its rows and ranks, before the first micro-batch, and stands in the batch.
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from hanlin.align.method import Parts, Wiring
 from hanlin.align.preference import REFERENCE, open_reference, wire_judged
@@ -22,7 +21,7 @@ from hanlin.align.sequence_sums import sum_by_sequence
 from hanlin.data.batch import Batch, BatchSource
 from hanlin.data.sequence_batch import SequenceBatch
 from hanlin.models.transformer import Transformer
-from hanlin.parallel.processes import Processes
+from hanlin.parallel.processes import over_all
 from hanlin.train.objective import Metrics, Term
 from hanlin.train.token_loss import expect
 
@@ -69,7 +68,7 @@ class AnchoredAnswers(Annotated):
     def batch(self, step: int, start: int = 0, stop: int | None = None) -> SequenceBatch:
         batch = super().batch(step, start, stop)
         changes = self._mismatched.batch(step, start, stop).of_sequences("change")
-        total, count = sum_over_ranks(kto_anchor(changes)).tolist()
+        total, count = over_all(kto_anchor(changes)).tolist()
         anchor = torch.full((batch.sequences,), max(0.0, total / count), dtype=changes.dtype)
         return batch.with_numbers({ANCHOR: anchor})
 
@@ -87,13 +86,6 @@ class AnchoredAnswers(Annotated):
 def _answers(model: Transformer, part: SequenceBatch) -> torch.Tensor:
     """The log-probability of each answer: (answers,)."""
     return sum_by_sequence(trained_logprobs(model, part), part.trained.sequence, part.trained.count)
-
-
-def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor over all processes."""
-    if Processes.here().world > 1:
-        dist.all_reduce(values)
-    return values
 
 
 def wire_kto(parts: Parts) -> Wiring:
