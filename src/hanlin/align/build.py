@@ -150,10 +150,10 @@ def resolve_settings(recipe: TrainRecipe, data: Data) -> tuple[TrainSettings, li
                 rate, why = known, reason
         choice["lr"] = rate
         notes.append(f"learning rate: {rate:g} ({why})")
-    if recipe.train.eval_every is not None and not data.can_evaluate:
+    if recipe.train.eval_every is not None and not data.held_out:
         raise HanlinError("`train.eval_every` is set, but there is nothing to evaluate on: give `objective.held_out`.")
     settings = TrainSettings.model_validate(choice)
-    if settings.eval_every is None and data.can_evaluate:
+    if settings.eval_every is None and data.held_out:
         steps = settings.planned_steps(data.source.steps_per_epoch)
         settings = settings.model_copy(update={"eval_every": max(1, steps // EVALUATIONS)})
     return settings, notes

@@ -32,10 +32,6 @@ class Data:
     lr: float | None = None
     more: Any = None
 
-    @property
-    def can_evaluate(self) -> bool:
-        return bool(self.held_out)
-
 
 @dataclass(frozen=True)
 class Parts:

@@ -84,8 +84,7 @@ class Notes:
 class Annotated:
     """A `LiveSource`: the batches of `source`, each with what `annotate(part)` finds.
 
-    rows: so many at a time go through `annotate`, on `device()`; whole: called once with the whole batch afterwards,
-    for numbers that all of its rows share. about: JSON that tells this annotation from another.
+    rows: so many at a time go through `annotate`, on `device()`. about: JSON that tells this annotation from another.
     """
 
     live = True
@@ -98,12 +97,11 @@ class Annotated:
         device: Callable[[], torch.device],
         rows: int | None = None,
         about: Mapping[str, Any],
-        whole: Callable[[SequenceBatch], SequenceBatch] | None = None,
     ) -> None:
         if isinstance(source, LiveSource):
             raise HanlinError("A live source makes its own notes; it cannot be annotated again.")
         self.source, self._annotate, self._device, self._rows = source, annotate, device, rows
-        self._about, self._whole = dict(about), whole
+        self._about = dict(about)
         self.rows_per_step, self.steps_per_epoch = source.rows_per_step, source.steps_per_epoch
 
     def batch(self, step: int, start: int = 0, stop: int | None = None) -> SequenceBatch:
@@ -114,8 +112,7 @@ class Annotated:
         found = [self._annotate(part) for part in parts]
         numbers = {name: torch.cat([note.numbers[name].cpu() for note in found]) for name in found[0].numbers}
         tokens = {name: torch.cat([note.tokens[name].cpu() for note in found]) for name in found[0].tokens}
-        batch = batch.with_numbers(numbers, {name: batch.lay_trained(values) for name, values in tokens.items()})
-        return batch if self._whole is None else self._whole(batch)
+        return batch.with_numbers(numbers, {name: batch.lay_trained(values) for name, values in tokens.items()})
 
     def fingerprint(self) -> dict[str, Any]:
         return {**self.source.fingerprint(), "notes": self._about}
